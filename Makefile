@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+#   make demo     install what is missing, build, show the whole thing on an image file
+#   make test     the same set-up, then every test
+#   make lint     every linter
+#   make help     the rest
+#
+# Python lives in .venv, Rust in datapath/target; nothing else is written, but for Debian packages when they are missing
+# and this is root (or sudo can be). VENV=… chooses another place, BLKSNAP_NO_INSTALL=1 forbids installing packages.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATAPATH := datapath/target/release/blksnap-datapath
+CARGO = $$(tools/find-cargo)
+MANIFEST := --manifest-path datapath/Cargo.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-rust test-python lint format bench wheel clean
+
+help:
+	@echo 'make demo    install what is missing, build, show it on an image file'
+	@echo 'make test    the same set-up, then every test (test-rust, test-python: one half; PYTEST_ARGS=…)'
+	@echo 'make lint    ruff, mypy, import-linter, rustfmt, clippy;   make format puts right what can be'
+	@echo 'make bench   the benchmarks;   make wheel   one wheel in dist/;   make clean   remove what was made'
+
+# Quick when nothing is missing: tools/setup compares a stamp with pyproject.toml and Cargo.lock.
+setup:
+	@VENV=$(VENV) tools/setup
+
+# The binary beside blksnapd is always the one of the present sources.
+build: setup
+	@$(CARGO) build --quiet --release --locked $(MANIFEST)
+	@cmp -s $(DATAPATH) $(BIN)/blksnap-datapath || install -m 755 $(DATAPATH) $(BIN)/blksnap-datapath
+
+demo: build
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m demo $(DEMO_ARGS)
+
+test: test-rust test-python
+
+test-rust: setup
+	$(CARGO) test --locked $(MANIFEST)
+
+test-python: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports --no-logo
+	$(CARGO) fmt --check $(MANIFEST)
+	$(CARGO) clippy --quiet --locked --all-targets $(MANIFEST) -- -D warnings
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(CARGO) fmt $(MANIFEST)
+
+bench: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench $(BENCH_ARGS)
+
+wheel: setup
+	PATH="$$(dirname $(CARGO)):$$PATH" $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist blksnap.egg-info datapath/target .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@# Only an environment that tools/setup made: VENV may be anything.
+	if [ -e "$(VENV)/.blksnap-setup" ]; then rm -rf "$(VENV)"; fi
+	find blksnap_service blksnap_tui blksnapctl bench demo tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which devices there are: block devices from udev and image files that were added.
+
+It names them and finds them; whether they are tracked is for ``trackers``. Watchers are told of every device that
+comes, goes or changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from blksnap_service import errors
+from blksnap_service.catalogue import ImageEntry, Table
+from blksnap_service.devices import Device, escape
+from blksnap_service.fds import OwnedFd
+from blksnap_service.storage import Identity
+from blksnap_service.udev import BlockDevices
+
+_log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Is told about devices; must not raise."""
+
+    def device_added(self, device: Device) -> None:
+        """A device is there from now on."""
+
+    def device_changed(self, device: Device) -> None:
+        """Something about a device is different; its name and path are not."""
+
+    def device_removed(self, device: Device) -> None:
+        """A device is gone."""
+
+
+class Inventory:
+    """All devices by object name."""
+
+    def __init__(
+        self,
+        table: Table[ImageEntry],
+        blocks: BlockDevices,
+        watcher: Watcher,
+        pinned: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        """Keep added image files in ``table``; nothing is listed before ``load``.
+
+        ``pinned`` gives the names of devices that stay listed even when they are gone: those that are tracked.
+        """
+        self._table = table
+        self._pinned = pinned
+        self._blocks = blocks
+        self._watcher = watcher
+        self._devices: dict[str, Device] = {}
+        self._lock = asyncio.Lock()
+        self._refreshes: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[Device]:
+        """Iterate over a copy of all devices."""
+        return iter(list(self._devices.values()))
+
+    def get(self, name: str) -> Device:
+        """Return a device by object name. Raises ``errors.NotFound``."""
+        device = self._devices.get(name)
+        if device is None:
+            raise errors.NotFound(f"there is no device {name} (any more)")
+        return device
+
+    async def load(self, needed: frozenset[str]) -> None:
+        """List everything and start watching for new block devices.
+
+        Image files that are missing are forgotten, unless their names are ``needed``: those stay in the catalogue.
+        """
+        for entry in self._table:
+            try:
+                device = await asyncio.to_thread(_image_file, entry.key, entry.path)
+            except errors.BlksnapError as error:
+                _log.warning("%s", error)
+                if entry.key not in needed:
+                    await self._table.drop(entry.key)
+            else:
+                self._put(device)
+        await self.refresh()
+        self._blocks.watch(self._refresh_soon)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._blocks.close()
+        for task in self._refreshes:
+            task.cancel()
+
+    def keep(self, device: Device) -> None:
+        """List an image file as it was last known: it is tracked, although its name is gone."""
+        self._put(device)
+
+    async def add_image(self, path: str, fd: OwnedFd | None = None) -> Device:
+        """List a regular file as a device; the same file again is the same device. ``fd`` is consumed.
+
+        With ``fd``, the file is the one the caller opened (read-write), and an empty ``path`` means its name.
+        Raises ``errors.NotFound``, ``errors.InvalidArgument`` (no absolute path, not a regular file, a size that cannot
+        be tracked), ``errors.NotAvailable`` (the service may not write it).
+        """
+        if fd is not None:
+            with fd:
+                path = await asyncio.to_thread(_name_of, fd, path)
+        if not path.startswith("/") or "\0" in path:
+            raise errors.InvalidArgument(f"the image file {path!r} is no absolute path")
+        async with self._lock:
+            new = await asyncio.to_thread(_image_file, "", path)
+            for device in list(self._devices.values()):
+                if device.kind == "file" and await asyncio.to_thread(_same_file, device, new):
+                    if device.path == new.path:
+                        self._put(replace(new, name=device.name))
+                    return self._devices[device.name]
+            new = replace(new, name=self._free_name(new.path))
+            await self._table.put(ImageEntry(key=new.name, path=new.path))
+            self._put(new)
+        return new
+
+    async def resolve(self, path: str) -> Device:
+        """Return the device a node, a link to one, or an added image file is. Raises ``errors.NotFound``."""
+        real = path
+        if path.startswith("/") and "\0" not in path:
+            real = await asyncio.to_thread(os.path.realpath, path)
+            try:
+                status = await asyncio.to_thread(os.stat, real)
+            except OSError:
+                status = None
+            for device in self._devices.values():
+                if status is not None and device.identity == Identity.of(status):
+                    return device
+        for device in self._devices.values():
+            if device.path in {path, real} or path in device.symlinks:
+                return device
+        raise errors.NotFound(
+            f"{path} is no block device this service can use and no added image file; add a file with AddImageFile"
+        )
+
+    async def refresh(self) -> None:
+        """Look again at block devices and at the image files' sizes; tell what changed."""
+        async with self._lock:
+            blocks = await asyncio.to_thread(self._blocks.list)
+            pinned = self._pinned()
+            for device in list(self._devices.values()):
+                if device.kind == "block" and device.name not in blocks and device.name not in pinned:
+                    del self._devices[device.name]
+                    self._watcher.device_removed(device)
+            for name, device in blocks.items():
+                holder = self._devices.get(name)
+                if holder is not None and holder.kind == "file":
+                    device = replace(device, name=self._free_name(device.path))  # noqa: PLW2901
+                self._put(device)
+            for device in list(self._devices.values()):
+                if device.kind == "file":
+                    await self._refresh_image(device)
+
+    async def _refresh_image(self, device: Device) -> None:
+        try:
+            now = await asyncio.to_thread(_image_file, device.name, device.path)
+        except errors.BlksnapError:
+            # A tracked file is still open in the data path; an untracked one says so when it is attached.
+            return
+        self._put(now)
+
+    def _refresh_soon(self) -> None:
+        task = asyncio.get_running_loop().create_task(self.refresh())
+        self._refreshes.add(task)
+        task.add_done_callback(self._refreshes.discard)
+
+    def _put(self, device: Device) -> None:
+        before = self._devices.get(device.name)
+        self._devices[device.name] = device
+        if before is None:
+            self._watcher.device_added(device)
+        elif before != device:
+            self._watcher.device_changed(device)
+
+    def _free_name(self, path: str) -> str:
+        base = escape(Path(path).name)
+        name, count = base, 1
+        while name in self._devices or self._table.get(name) is not None:
+            # "__" comes out of no escaping.
+            count += 1
+            name = f"{base}__{count}"
+        return name
+
+
+def _same_file(device: Device, new: Device) -> bool:
+    """Whether a listed file is the new one, by the same name or another. Blocks."""
+    if device.path == new.path:
+        return True
+    if device.identity != new.identity:
+        return False
+    # The number of a removed file is given to the next one: is it still there?
+    try:
+        return Identity.of(Path(device.path).stat()) == new.identity
+    except OSError:
+        return False
+
+
+def _image_file(name: str, path: str) -> Device:
+    """Return the regular file ``path`` as a device. Blocks. Raises as ``Inventory.add_image``."""
+    path = os.path.realpath(path)
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise errors.NotFound(f"the image file {path} cannot be used: {reason}") from error
+    if any("\ud800" <= character <= "\udfff" for character in path):
+        # Neither the bus nor the data path's protocol could carry it.
+        raise errors.InvalidArgument(f"the image file {path!r} has a name that is not UTF-8")
+    if not stat.S_ISREG(status.st_mode):
+        raise errors.InvalidArgument(f"{path} is not a regular file; block devices need not be added")
+    if status.st_size == 0 or status.st_size % 512:
+        raise errors.InvalidArgument(
+            f"the image file {path} has {status.st_size} bytes; a disk has a multiple of 512 and more than 0"
+        )
+    return Device(
+        name=name,
+        kind="file",
+        path=path,
+        identity=Identity.of(status),
+        size=status.st_size,
+        read_only=not os.access(path, os.R_OK | os.W_OK),
+    )
+
+
+def _name_of(fd: OwnedFd, path: str) -> str:
+    """Return the name of the file a caller opened. Blocks. Raises ``errors.InvalidArgument``."""
+    import fcntl
+
+    if fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise errors.InvalidArgument("path-fd is not open for reading and writing")
+    name = path or str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
+    # The service opens the name when it attaches: it must lead to what the caller could open.
+    try:
+        same = os.path.samestat(Path(name).stat(), os.fstat(fd.fileno()))
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise errors.InvalidArgument(f"path-fd is not the file {name}")
+    return name

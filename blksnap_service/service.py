@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service without its bus: the parts put together, brought in step with the data path, and kept there.
+
+At start, and whenever the data path went away, ``reconcile`` compares what runs with what the catalogue says: what both
+know is adopted, what only runs is adopted as nobody's. What ran when the data path ended is attached again; what ended
+while no service ran is lost and said so. Methods that involve several parts are here; the others are called on the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from blksnap_service import errors, inventory, snapshot, trackers
+from blksnap_service.backends.nbd.backend import NbdBackend
+from blksnap_service.backends.nbd.engine import DatapathEngine
+from blksnap_service.catalogue import Catalogue, TrackerEntry
+from blksnap_service.datapath.model import Event
+from blksnap_service.datapath.process import Datapath
+from blksnap_service.devices import Device, escape
+from blksnap_service.inventory import Inventory
+from blksnap_service.snapshots import Snapshots
+from blksnap_service.storage import Identity
+from blksnap_service.tracker import Backend, Tracker
+from blksnap_service.trackers import Registry
+from blksnap_service.udev import BlockDevices
+
+_log = logging.getLogger(__name__)
+
+REFRESH_S = 2.0
+"""How often fill levels of difference storage are read."""
+LOOK_AROUND_TICKS = 5
+"""Every this many refreshes mounts and sizes of image files are looked at, which nobody announces."""
+RETRY_S = (0.2, 1.0, 5.0, 15.0, 30.0)
+"""How long to wait before the data path is started again, time after time."""
+
+
+class Watcher(inventory.Watcher, trackers.Watcher, snapshot.Watcher, Protocol):
+    """Is told about everything; must not raise."""
+
+    def backends_changed(self) -> None:
+        """A backend became available or ceased to be."""
+
+
+class Service:
+    """Inventory, trackers and snapshots over one data path and one state directory."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        datapath: Datapath,
+        blocks: BlockDevices,
+        storage_directory: Path,
+        watcher: Watcher,
+    ) -> None:
+        """Put the parts together; nothing happens before ``start``."""
+        self._catalogue = catalogue
+        self._datapath = datapath
+        self._watcher = watcher
+        self._bus_id = ""
+        self._events: asyncio.Queue[Event | str] = asyncio.Queue()
+        self._backends: Mapping[str, Backend] = {"nbd": NbdBackend(datapath, catalogue.maps)}
+        self.storage_directory = storage_directory
+        self.registry = Registry(catalogue, list(self._backends.values()), watcher)
+        self.inventory = Inventory(
+            catalogue.images, blocks, watcher, lambda: {name for name, _ in self.registry}
+        )
+        self.snapshots = Snapshots(
+            catalogue, self.registry, {"nbd": DatapathEngine(datapath)}, storage_directory, watcher
+        )
+
+    async def start(self, bus_id: str) -> None:
+        """List devices, connect to the data path and adopt what runs. Raises ``errors.NotAvailable`` without a data path."""
+        self._bus_id = bus_id
+        needed = {entry.key for entry in self._catalogue.trackers}
+        await self.inventory.load(frozenset(needed))
+        await self._datapath.connect(self._events.put_nowait, self._events.put_nowait)
+        await self.reconcile()
+
+    async def run(self) -> None:
+        """Follow events and keep readings fresh, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow_events())
+            group.create_task(self._keep_fresh())
+
+    def close(self) -> None:
+        """Let go of everything; trackers and snapshots go on without this service."""
+        self.registry.close()
+        self.inventory.close()
+        self._datapath.close()
+
+    async def detach(self, device: Device, *, force: bool) -> None:
+        """Detach a tracker. Raises ``errors.Busy`` (snapshots, clients) unless forced, and ``errors.NotTracked``."""
+        covering = self.snapshots.of_device(device.name)
+        if covering and not force:
+            raise errors.Busy(
+                f"{device.path} is part of {len(covering)} snapshots: destroy them first, or give the option force"
+            )
+        await self.registry.detach(device, force=force)
+        for one in covering:
+            await self.snapshots.refresh(one)
+
+    async def collect(self) -> None:
+        """Adopt snapshots this service does not know yet."""
+        await self.snapshots.adopt(self._bus_id)
+
+    async def reconcile(self) -> None:
+        """Bring trackers and snapshots in step with what the backends run."""
+        known = {
+            entry.origin: Identity.parse(entry.identity)
+            for entry in self._catalogue.trackers
+            if entry.identity
+        }
+        for backend in self._backends.values():
+            for tracker, path in await backend.discover(known):
+                if self.registry.by_origin(tracker.origin) is None:
+                    await self._adopt(backend.info.name, tracker, path)
+        tried = [entry.key for entry in self.registry.ended()]
+        for entry in self.registry.ended():
+            await self._resume(entry)
+        for entry in self._catalogue.trackers:
+            if entry.key not in self.registry and entry.key not in tried:
+                await self._replace_lost(entry)
+        await self.snapshots.adopt(self._bus_id)
+
+    async def _adopt(self, backend: str, tracker: Tracker, path: str) -> None:
+        entry = next((one for one in self._catalogue.trackers if one.origin == tracker.origin), None)
+        device = await self._device_of(tracker, path, entry.key if entry else "")
+        if entry is None or entry.key != device.name:
+            _log.warning("%s is tracked, but nobody wrote down by whom: it is uid 0's now", path)
+            entry = TrackerEntry(
+                key=device.name,
+                path=path,
+                backend=backend,
+                origin=tracker.origin,
+                owner_uid=0,
+                attached_at=time.time_ns() // 1000,
+                persistent=False,
+                last_reset="found running",
+                block_size=0,
+                identity=str(tracker.identity),
+            )
+        await self.registry.adopt(device, tracker, entry)
+
+    async def _device_of(self, tracker: Tracker, path: str, name: str) -> Device:
+        """Return the device a running tracker is of, listing it if need be."""
+        with contextlib.suppress(errors.NotFound):
+            return self.inventory.get(name) if name else await self.inventory.resolve(path)
+        if not tracker.identity.is_device:
+            with contextlib.suppress(errors.BlksnapError):
+                return await self.inventory.add_image(path)
+        _log.warning("%s is tracked, but it is not there any more", path)
+        device = Device(
+            name=name or escape(Path(path).name),
+            kind="block" if tracker.identity.is_device else "file",
+            path=path,
+            identity=tracker.identity,
+            size=tracker.last.capacity,
+        )
+        self.inventory.keep(device)
+        return device
+
+    async def _resume(self, entry: TrackerEntry) -> None:
+        """Attach again what ran when the data path ended. Raises ``errors.NotAvailable`` when that has ended again."""
+        try:
+            await self.registry.resume(self.inventory.get(entry.key))
+        except errors.BlksnapError as error:
+            if self._datapath.trouble:
+                raise errors.NotAvailable(self._datapath.trouble) from error
+            _log.error("%s is not tracked any more: %s", entry.path, error)
+            await self.registry.give_up(entry.key)
+
+    async def _replace_lost(self, entry: TrackerEntry) -> None:
+        """Deal with a tracker that ended while no service ran: attach it again if it is to be there always."""
+        if not entry.persistent:
+            _log.warning("%s is not tracked any more: what tracked it has ended", entry.path)
+            await self._catalogue.trackers.drop(entry.key)
+            return
+        try:
+            device = self.inventory.get(entry.key)
+            await self.registry.attach(
+                device,
+                owner_uid=entry.owner_uid,
+                backend=entry.backend,
+                block_size=entry.block_size,
+                persistent=True,
+            )
+        except errors.BlksnapError as error:
+            _log.error("%s is to be tracked always, but cannot be now: %s", entry.path, error)
+        else:
+            _log.info("%s is tracked again", entry.path)
+
+    # What happens by itself.
+
+    async def _follow_events(self) -> None:
+        while True:
+            event = await self._events.get()
+            try:
+                if isinstance(event, str):
+                    await self._datapath_lost(event)
+                else:
+                    await self._on_event(event)
+            except errors.BlksnapError as error:
+                _log.error("%s", error)
+
+    async def _on_event(self, event: Event) -> None:
+        fields = event.fields
+        if event.name == "origin.broken":
+            name = self.registry.by_origin(fields.text("origin"))
+            _log.error(
+                "%s cannot be trusted any more: %s", name or fields.text("origin"), fields.text("reason")
+            )
+            if name is not None:
+                await self.registry.refresh(name)
+            return
+        if not event.name.startswith("snapshot."):
+            _log.debug("the data path told %s, which this service does not know", event.name)
+            return
+        snapshot_id = fields.text("snapshot")
+        with contextlib.suppress(errors.NotFound):
+            # State first: who hears the signal and asks must find what it says.
+            await self.snapshots.refresh(self.snapshots.get(snapshot_id))
+        match event.name:
+            case "snapshot.low-space":
+                self.snapshots.low_space(snapshot_id, fields.number("used"), fields.number("limit"))
+            case "snapshot.no-space":
+                self.snapshots.no_space(snapshot_id, fields.number("requested"))
+            case "snapshot.failed":
+                self.snapshots.corrupted(
+                    snapshot_id, fields.text("origin"), fields.number("errno"), fields.text("message")
+                )
+            case _:
+                _log.debug("the data path told %s, which this service does not know", event.name)
+
+    async def _datapath_lost(self, reason: str) -> None:
+        _log.error("the data path is gone: %s", reason)
+        self.snapshots.forget_all()
+        await self.registry.note_end()
+        self._watcher.backends_changed()
+        for attempt in range(1 << 30):
+            await asyncio.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+            try:
+                await self._datapath.connect(self._events.put_nowait, self._events.put_nowait)
+                break
+            except errors.NotAvailable as error:
+                _log.error("%s", error)
+        self._watcher.backends_changed()
+        await self.reconcile()
+
+    async def _keep_fresh(self) -> None:
+        ticks = 0
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            ticks += 1
+            for one in self.snapshots:
+                with contextlib.suppress(errors.BlksnapError):
+                    await self.snapshots.refresh(one)
+            if ticks % LOOK_AROUND_TICKS == 0:
+                await self.inventory.refresh()

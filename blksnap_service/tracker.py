@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a backend implements: ``Tracker`` sees every write to one origin, ``Backend`` makes trackers. ``trackers`` owns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from blksnap_service.cbt import View
+from blksnap_service.devices import Device
+from blksnap_service.fds import OwnedFd
+from blksnap_service.storage import Identity
+
+TrackerState = Literal["tracking", "recovering", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerReading:
+    """One consistent reading of a tracker. Sizes in bytes; numbers as in ``cbt``."""
+
+    state: TrackerState
+    reason: str
+    """Why it is broken; empty otherwise."""
+    capacity: int
+    block_size: int
+    block_count: int
+    generation: str
+    base: int
+    active: int
+    oldest: int
+    clients: int
+    snapshots: tuple[str, ...]
+    counters: Mapping[str, int]
+
+    @property
+    def changes(self) -> int:
+        """The number of the last take; 0 before the first."""
+        return self.active - 1
+
+
+@dataclass(frozen=True, slots=True)
+class OpenMap:
+    """A map and what its bytes mean, read together; the descriptor (read-only, sealed) belongs to the receiver.
+
+    ``base`` is what the bytes of *this* view count from. ``sequence`` is different for another memory file.
+    """
+
+    reading: TrackerReading
+    view: View
+    base: int
+    sequence: int
+    fd: OwnedFd
+
+
+class Tracker(Protocol):
+    """Sees every write to one origin. All methods raise ``errors.BlksnapError``."""
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend."""
+
+    @property
+    def origin(self) -> str:
+        """The name of the origin in its backend."""
+
+    @property
+    def node(self) -> str:
+        """What to mount or use, so that writes are seen: a device path or an NBD URI."""
+
+    @property
+    def map_is_live(self) -> bool:
+        """Whether the map shows a write at once."""
+
+    @property
+    def identity(self) -> Identity:
+        """The file or device that is open as the origin."""
+
+    @property
+    def last(self) -> TrackerReading:
+        """The last reading made; needs no I/O."""
+
+    async def read(self) -> TrackerReading:
+        """Make a reading now."""
+
+    async def open_map(self, view: View) -> OpenMap:
+        """Open a map, consistently with a reading."""
+
+    async def mark(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Mark byte ranges (offset, length) that were validated; in the live and the taken map."""
+
+    async def mark_all(self) -> None:
+        """Mark everything."""
+
+    async def note_end(self) -> None:
+        """Note what ``Backend.resume`` must know, now that the backend has ended."""
+
+    def close(self) -> None:
+        """Let go of what it holds here; the origin goes on being tracked."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What a backend can do here; ``reason`` says why it is not available."""
+
+    name: str
+    available: bool
+    reason: str
+    snapshots: bool
+    live_map: bool
+    live_attach: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A fresh tracker and why its generation began (or what it was before, when it continues)."""
+
+    tracker: Tracker
+    last_reset: str
+
+
+class Backend(Protocol):
+    """A way to track."""
+
+    @property
+    def info(self) -> BackendInfo:
+        """What it can do now."""
+
+    def can_track(self, device: Device) -> bool:
+        """Whether it can track this device now, as far as one can tell without trying."""
+
+    async def attach(self, device: Device, block_size: int) -> Attached:
+        """Track a device; ``block_size`` 0: by the rule. Raises ``errors.BlksnapError``; nothing is left behind then."""
+
+    async def resume(self, device: Device, ended: Tracker, block_size: int, last_reset: str) -> Attached:
+        """Attach again a device whose tracker ended with the backend; the caller closes ``ended``.
+
+        The generation goes on where that is proved to be right, else a new one begins with the reason and ``block_size``.
+        Raises as ``attach``.
+        """
+
+    async def detach(self, tracker: Tracker, last_reset: str, *, force: bool) -> None:
+        """Stop tracking and save the map. Raises ``errors.Busy`` when in use, unless forced."""
+
+    async def discover(self, known: Mapping[str, Identity]) -> list[tuple[Tracker, str]]:
+        """Return the trackers that run, each with the path of its device. For adoption after a restart.
+
+        ``known`` says what was opened for which origin, as far as it was written down.
+        """

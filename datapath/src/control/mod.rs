@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The border to the service: docs/datapath-protocol.md in code. Decides nothing that the service could decide.
+//!
+//! [`framing`] is lines with descriptors, [`request`] their meaning, [`registry`] what exists, [`take`] the one instant,
+//! [`server`] who is connected, [`maintenance`] growth and events. All of it may block and allocate: no I/O passes here.
+
+pub mod error;
+pub mod framing;
+pub mod maintenance;
+pub mod origins;
+pub mod registry;
+pub mod request;
+pub mod server;
+pub mod snapshots;
+pub mod take;

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! What a queue thread tells of itself: a consistent reading for the service, and the state page that outlives the process.
+
+use super::Engine;
+use serde::Serialize;
+use std::sync::atomic::Ordering;
+
+/// I/O since the tracker began.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Counters {
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub written_bytes: u64,
+    pub zeroes: u64,
+    pub zeroed_bytes: u64,
+    pub discards: u64,
+    pub discarded_bytes: u64,
+    pub discards_skipped: u64,
+    pub flushes: u64,
+    pub image_reads: u64,
+    pub image_writes: u64,
+    pub copies: u64,
+    pub marks: u64,
+}
+
+/// One consistent reading of an origin (READING in docs/datapath-protocol.md).
+#[derive(Clone, Debug, Serialize)]
+pub struct Reading {
+    pub origin: String,
+    pub label: String,
+    pub kind: &'static str,
+    pub state: &'static str,
+    pub reason: &'static str,
+    pub size: u64,
+    pub logical_block_size: u32,
+    pub read_only: bool,
+    pub block_size: u64,
+    pub block_count: u64,
+    pub generation: String,
+    pub base: u32,
+    pub active: u32,
+    pub changes: u32,
+    pub oldest: u32,
+    pub live_sequence: u64,
+    pub taken_sequence: u64,
+    pub taken_base: u32,
+    pub nbd_socket: String,
+    pub clients: u32,
+    pub snapshots: Vec<String>,
+    pub counters: Counters,
+    /// Why the map cannot be trusted any more (a take would begin a new generation); "": it can.
+    #[serde(skip)]
+    pub suspicion: &'static str,
+}
+
+impl Engine {
+    pub(super) fn reading(&self) -> Reading {
+        let map = &self.setup.map;
+        let node = self.setup.origin.node();
+        Reading {
+            origin: self.setup.name.clone(),
+            label: self.setup.label.clone(),
+            kind: if node.block { "block" } else { "file" },
+            state: if self.broken.is_some() { "broken" } else { "tracking" },
+            reason: self.broken.unwrap_or_default(),
+            size: self.setup.geometry.size(),
+            logical_block_size: node.logical_block_size,
+            read_only: self.setup.origin.read_only,
+            block_size: self.setup.geometry.block_size(),
+            block_count: self.setup.geometry.block_count() as u64,
+            generation: map.generation.clone(),
+            base: map.numbers.base(),
+            active: map.numbers.active(),
+            changes: map.numbers.changes(),
+            oldest: map.numbers.oldest(),
+            live_sequence: map.live_sequence,
+            taken_sequence: map.taken_sequence,
+            taken_base: map.taken_base,
+            nbd_socket: self.setup.socket.clone(),
+            clients: self.connections.iter().flatten().count() as u32,
+            snapshots: self
+                .images
+                .iter()
+                .flatten()
+                .filter(|image| image.leaving.is_none())
+                .map(|image| image.snapshot.id.clone())
+                .collect(),
+            counters: self.counters,
+            suspicion: self.suspicion,
+        }
+    }
+
+    /// The state page: magic, base and active number, generation, size and block size, as little-endian words.
+    pub(super) fn store_state(&self) {
+        let map = &self.setup.map;
+        let hex: String = map.generation.chars().filter(char::is_ascii_hexdigit).collect();
+        let generation = u128::from_str_radix(&hex, 16).unwrap_or_default();
+        let words = self.state_page.words(0, 8);
+        let state = [
+            u64::from_le_bytes(*b"BLKSNAP1"),
+            u64::from(map.numbers.base()) << 32 | u64::from(map.numbers.active()),
+            (generation >> 64) as u64,
+            generation as u64,
+            self.setup.geometry.size(),
+            self.setup.geometry.block_size(),
+            map.live_sequence,
+            map.taken_sequence,
+        ];
+        for (word, value) in words.iter().zip(state) {
+            word.store(value, Ordering::Release);
+        }
+    }
+}

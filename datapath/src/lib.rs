@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The I/O path of blksnap: one thread and one io_uring per origin, change map, copy-before-write images, NBD front end.
+//!
+//! A request travels `nbd` (bytes to requests) → `engine` (gate, marks, copies, origin I/O) → `nbd` (replies).
+//! `control` is the border to the service (docs/datapath-protocol.md); it never touches a request.
+//! `cbt` and `cow` are the pure rules; `mem`, `ring` and `sys` are the only places with `unsafe`.
+
+pub mod cbt;
+pub mod control;
+pub mod cow;
+pub mod engine;
+pub mod mem;
+pub mod nbd;
+pub mod origin;
+pub mod ring;
+pub mod snapshot;
+pub mod storage;
+pub mod sys;

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Real processes for tests: a message bus, blksnapd, its data path, programs that use it. Nothing outlives a test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blksnap_service.bus import paths, wire
+from blksnap_service.bus.wire import Value, variant
+from tests.bus.hostile import Caller
+
+REPOSITORY = Path(__file__).parents[2]
+MIB = 1 << 20
+START_S = 30.0
+
+BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>session</type>
+  <listen>unix:path={path}</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow user="*"/>
+    <allow own="*"/>
+    <allow send_destination="*" eavesdrop="true"/>
+    <allow eavesdrop="true"/>
+  </policy>
+</busconfig>
+"""
+
+
+class Bus:
+    """A private message bus that every user of this machine may use."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "bus"
+        config = directory / "bus.conf"
+        config.write_text(BUS_CONFIG.format(path=self.path))
+        words = ("dbus-daemon", f"--config-file={config}", "--nofork", "--nopidfile", "--nosyslog")
+        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + START_S
+        while not self.path.exists():
+            assert self.process.poll() is None, "dbus-daemon ended"
+            assert time.monotonic() < end, "dbus-daemon does not listen"
+            time.sleep(0.01)
+
+    @property
+    def address(self) -> str:
+        """Its address."""
+        return f"unix:path={self.path}"
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        self.process.wait()
+
+
+class Daemon:
+    """A blksnapd with directories of its own below ``directory``, and the data path it leaves running."""
+
+    def __init__(self, directory: Path, bus: Bus, *options: str) -> None:
+        self.directory = directory
+        self.state, self.run, self.log = directory / "state", directory / "run", directory / "log"
+        self.words = (
+            sys.executable, "-X", "dev", "-m", "blksnap_service", f"--bus={bus.address}", "--authority=owner",
+            f"--state-dir={self.state}", f"--runtime-dir={self.run}", *options,
+        )  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+        self._bus = bus
+
+    async def start(self) -> None:
+        """Start it and wait until it has its name on the bus."""
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
+                self.words, stdin=subprocess.DEVNULL, stderr=log, cwd="/", env=environment
+            )
+        async with asyncio.timeout(START_S):
+            while "ready on" not in self.said():
+                assert self.process.poll() is None, self.said()
+                await asyncio.sleep(0.02)
+
+    def said(self) -> str:
+        """Return the log of the present run."""
+        return self.log.read_text().rpartition("-- ended --\n")[2]
+
+    async def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait; returns the exit status."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return await self.ended()
+
+    async def ended(self) -> int:
+        """Wait until it has ended; returns the exit status."""
+        assert self.process is not None
+        status = await asyncio.to_thread(self.process.wait, 20)
+        with self.log.open("a") as log:
+            log.write("-- ended --\n")
+        return status
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory it ever had."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+    def datapath_pid(self) -> int | None:
+        """Return the data path's process id, if it runs."""
+        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+            pid = int((self.run / "datapath.pid").read_text())
+            if str(self.run).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        return None
+
+    def kill_datapath(self) -> None:
+        """Kill the data path as the kernel would when memory runs out."""
+        pid = self.datapath_pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + 10
+        while Path(f"/proc/{pid}/cmdline").exists() and self.datapath_pid() == pid:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def clean_up(self) -> None:
+        """End whatever still runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.datapath_pid() is not None:
+            self.kill_datapath()
+
+
+class Client:
+    """A caller on the bus that keeps to the rules."""
+
+    def __init__(self, connection: wire.Connection) -> None:
+        self.connection = connection
+
+    async def call(
+        self, path: str, interface: str, member: str, signature: str, *arguments: Any, **options: Any
+    ) -> Any:
+        """Call a method of ours; ``options`` are (type, value) pairs, ``_`` in their names stands for ``-``."""
+        last = {name.replace("_", "-"): variant(*pair) for name, pair in options.items()}
+        results = await self.connection.call(
+            paths.BUS_NAME, path, interface, member, f"{signature}a{{sv}}", [*arguments, last], timeout=60
+        )
+        return results[0] if len(results) == 1 else tuple(results)
+
+    async def get(self, path: str, interface: str, name: str) -> Any:
+        """Return a property."""
+        (value,) = await self.connection.call(
+            paths.BUS_NAME, path, "org.freedesktop.DBus.Properties", "Get", "ss", [interface, name]
+        )
+        return value.value
+
+    async def objects(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return all objects with all properties."""
+        (managed,) = await self.connection.call(
+            paths.BUS_NAME, paths.ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects"
+        )
+        return {
+            path: {
+                interface: {name: _plain(value) for name, value in values.items()}
+                for interface, values in interfaces.items()
+            }
+            for path, interfaces in managed.items()
+        }
+
+    async def add(self, image: Path) -> str:
+        """Add an image file; returns its device."""
+        return str(await self.call(paths.MANAGER_PATH, paths.MANAGER, "AddImageFile", "s", str(image)))
+
+    async def attach(self, image: Path, **options: Any) -> str:
+        """Add an image file and attach a tracker; returns the device."""
+        device = await self.add(image)
+        await self.call(device, paths.DEVICE, "Attach", "", **options)
+        return device
+
+    async def snapshot(self, *devices: str, **options: Any) -> str:
+        """Create a snapshot."""
+        return str(
+            await self.call(
+                paths.MANAGER_PATH, paths.MANAGER, "CreateSnapshot", "ao", list(devices), **options
+            )
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Value) else value
+
+
+@contextlib.asynccontextmanager
+async def client(bus: Bus) -> AsyncIterator[Client]:
+    """Keep a connection to the bus for as long as the block lasts."""
+    connection = await wire.connect(bus.address)
+    try:
+        yield Client(connection)
+    finally:
+        connection.close()
+
+
+class Signals:
+    """What the service tells everybody, in order: (path, member, body)."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._caller = Caller(bus.address, paths.BUS_NAME, paths.ROOT, paths.BUS_NAME)
+        self.heard: list[tuple[str, str, list[Any]]] = []
+        rule = f"type='signal',sender='{paths.BUS_NAME}',path_namespace='{paths.ROOT}'"
+        self._caller.listen(rule)
+        self._caller.socket.settimeout(None)
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                message = self._caller.receive()
+                path, member = str(message.path), str(message.member)
+                if message.message_type.name == "SIGNAL" and path.startswith(paths.ROOT):
+                    self.heard.append((path, member, message.body))
+
+    async def wait_for(self, member: str, path: str = "") -> list[Any]:
+        """Wait for a signal; returns its body."""
+        while True:
+            for heard_path, heard_member, body in self.heard:
+                if heard_member == member and path in {"", heard_path}:
+                    return body
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """Stop listening."""
+        import socket
+
+        with contextlib.suppress(OSError):
+            self._caller.socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        with self._caller:
+            pass
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory with a name short enough for sockets, which others may pass through."""
+    directory = Path(tempfile.mkdtemp(prefix="blk"))
+    directory.chmod(0o711)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+async def program(*words: str | Path) -> str:
+    """Run a program that must succeed; returns what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=tempfile.gettempdir(),
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, f"{words[0]} ended with {process.returncode}: {output.decode()}"
+    return output.decode()
+
+
+async def write(uri: str, *writes: tuple[int, int, int]) -> None:
+    """Write (byte, offset, length) patterns through NBD with a program that is not ours."""
+    commands = [
+        part for byte, offset, length in writes for part in ("-c", f"write -P {byte} {offset} {length}")
+    ]
+    await program("qemu-io", "-f", "raw", *commands, uri)
+
+
+async def content(uri: str) -> bytes:
+    """Read a whole export with a program that is not ours."""
+    process = await asyncio.create_subprocess_exec("nbdcopy", uri, "-", stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return output
+
+
+def run_daemon(words: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a blksnapd that is to end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "blksnap_service", *words],
+        capture_output=True, text=True, timeout=30, check=False, cwd="/",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+    )  # fmt: skip
