@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
-from blksnap_service.bus import _frame, _handshake, _values
+from blksnap_service.bus import _frame, _handshake, _reading, _values
 from blksnap_service.bus._frame import Header, Message
 from blksnap_service.bus._reader import Reader
 from blksnap_service.bus._values import FdTable
@@ -249,7 +249,7 @@ class Connection:
         try:
             if message.body is None:
                 raise ValueError(f"{destination} sent too large an answer")
-            values = _values.decode(header.order, header.signature, message.body, FdTable(message.fds))
+            values = _reading.decode(header.order, header.signature, message.body, FdTable(message.fds))
         except ValueError as error:
             reply.set_exception(NotAvailable(str(error)))
         else:
@@ -259,7 +259,7 @@ class Connection:
         header = message.header
         if (header.sender, header.member, header.signature) != (BUS_NAME, "NameOwnerChanged", "sss"):
             return
-        name, _, owner = _values.decode(header.order, "sss", message.body or b"", FdTable([]))
+        name, _, owner = _reading.decode(header.order, "sss", message.body or b"", FdTable([]))
         if not owner:
             self._left(name)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from blksnap_service.bus import _frame, _values
+from blksnap_service.bus import _frame, _reading, _values
 from blksnap_service.bus._connection import UNKNOWN_OBJECT, Connection
 from blksnap_service.bus._frame import Header, Message
 from blksnap_service.bus._interfaces import INTROSPECTABLE, OBJECT_MANAGER, PEER, PROPERTIES, STANDARD, Method
@@ -120,7 +120,7 @@ class Dispatcher:
                 f"{interface}.{method.name} takes arguments of type {method.signature_in!r}, not {header.signature!r}",
             )
         try:
-            arguments = _values.decode(header.order, header.signature, body, fds)
+            arguments = _reading.decode(header.order, header.signature, body, fds)
         except ValueError as error:
             raise _RefusalError("InvalidArgs", str(error)) from error
         if interface in STANDARD:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """D-Bus messages as bytes: the fixed header, the header fields, where a message ends.
 
-What it is: the message format of the D-Bus specification ("Message Format"), without bodies, which `_values` encodes. What
+What it is: the message format of the D-Bus specification ("Message Format"), without bodies (`_values`, `_reading`). What
 it is not: I/O. Sizes are bytes.
 
 Headers are read here and not by the library, so that a call is refused by its header (unknown member, wrong
@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Final
 
-from blksnap_service.bus._values import Type, parse_signature
+from blksnap_service.bus._reading import Reader
 
 METHOD_CALL: Final = 1
 METHOD_RETURN: Final = 2
@@ -38,8 +38,6 @@ _FIELDS: Final = {
     8: ("signature", "g"),
     9: ("fd_count", "u"),
 }
-_SIZES: Final = {"y": 1, "n": 2, "q": 2, "b": 4, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
-_ALIGNMENTS: Final = _SIZES | {"s": 4, "o": 4, "a": 4, "g": 1, "v": 1, "(": 8, "{": 8}
 
 
 class FrameError(ValueError):
@@ -119,30 +117,22 @@ def read_header(lengths: Lengths, buffer: bytes) -> Header:
     Unknown fields are skipped, as the specification wants. Raised when the fields are malformed: FrameError; the
     message as a whole can still be skipped.
     """
-    end = FIXED_BYTES + lengths.fields
     values: dict[str, str | int] = {}
-    position = FIXED_BYTES
+    reader = Reader(lengths.order, buffer[: FIXED_BYTES + lengths.fields], FIXED_BYTES)
     try:
-        while position < end:
-            position += -position % 8
-            code, size = buffer[position], buffer[position + 1]
-            signature = buffer[position + 2 : position + 2 + size].decode("ascii")
-            position += size + 3
+        while reader.position < FIXED_BYTES + lengths.fields:
+            reader.align(8)
+            code = reader.byte()
+            field_value = reader.variant()
             if code in _FIELDS:
                 name, expected = _FIELDS[code]
-                if signature != expected:
-                    raise FrameError(f"header field {name} has type {signature!r}")
-                values[name], position = _read_basic(lengths.order, expected, buffer, position)
-            else:
-                (kind,) = parse_signature(signature)
-                position = _skip(lengths.order, kind, buffer, position)
+                if field_value.signature != expected:
+                    raise FrameError(f"header field {name} has type {field_value.signature!r}")
+                values[name] = field_value.value
     except FrameError:
         raise
-    # IndexError: it ends too soon; struct.error: the same; ValueError: not UTF-8, or no signature.
-    except (IndexError, struct.error, ValueError) as error:
+    except ValueError as error:
         raise FrameError(f"malformed header fields: {error}") from error
-    if position > end:
-        raise FrameError("header fields are longer than the header")
     return Header(
         kind=lengths.kind,
         flags=lengths.flags,
@@ -150,45 +140,6 @@ def read_header(lengths: Lengths, buffer: bytes) -> Header:
         order=lengths.order,
         **values,  # type: ignore[arg-type]  # _FIELDS has the types of Header
     )
-
-
-def _read_basic(order: str, code: str, buffer: bytes, position: int) -> tuple[str | int, int]:
-    if code == "u":
-        position += -position % 4
-        (number,) = struct.unpack_from(f"{order}I", buffer, position)
-        return int(number), position + 4
-    if code == "g":
-        size = buffer[position]
-        position += 1
-    else:
-        position += -position % 4
-        (size,) = struct.unpack_from(f"{order}I", buffer, position)
-        position += 4
-    if position + size >= len(buffer):
-        raise FrameError("a string ends behind the header")
-    return buffer[position : position + size].decode("utf-8"), position + size + 1
-
-
-def _skip(order: str, kind: Type, buffer: bytes, position: int, depth: int = 0) -> int:
-    """Return the position behind a value of any type."""
-    if depth > 64:
-        raise FrameError("containers nested too deep")
-    position += -position % _ALIGNMENTS[kind.code]
-    if kind.code in _SIZES:
-        return position + _SIZES[kind.code]
-    if kind.code in "sog":
-        return _read_basic(order, "g" if kind.code == "g" else "s", buffer, position)[1]
-    if kind.code == "v":
-        signature, position = _read_basic(order, "g", buffer, position)
-        (inner,) = parse_signature(str(signature))
-        return _skip(order, inner, buffer, position, depth + 1)
-    if kind.code == "a":
-        (size,) = struct.unpack_from(f"{order}I", buffer, position)
-        position += 4
-        return int(position + -position % _ALIGNMENTS[kind.children[0].code] + size)
-    for child in kind.children:
-        position = _skip(order, child, buffer, position, depth + 1)
-    return position
 
 
 def build(header: Header, body: bytes) -> bytes:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Values: plain Python on our side, what the D-Bus library wants on the other.
 
-What it is: D-Bus types parsed from signatures, `Value` (a variant), descriptors by index, and the two conversions.
-What it is not: the byte format (`_library`).
+What it is: D-Bus types parsed from signatures, `Value` (a variant), descriptors by index, and what goes out.
+What it is not: the byte format (`_library` writes it, `_reading` reads it).
 
 | type | in Python |
 |---|---|
@@ -46,10 +46,9 @@ _INTEGER_RANGES: Final = {
     "t": (0, 2**64 - 1),
 }
 _BASIC: Final = frozenset("ynqiuxtbdsogh")
-_AS_THEY_ARE: Final = frozenset("ynqiuxtbdsog")
 _MAX_SIGNATURE: Final = 255
 _FORBIDDEN: Final = re.compile("[\0\ud800-\udfff]")
-_OBJECT_PATH: Final = re.compile(r"/|(/[A-Za-z0-9_]+)+")
+OBJECT_PATH: Final = re.compile(r"/|(/[A-Za-z0-9_]+)+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class Type:
     children: tuple[Type, ...] = ()
 
 
-_RANGE: Final = Type("(", (Type("t"), Type("t")))
+RANGE: Final = Type("(", (Type("t"), Type("t")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,34 +143,6 @@ def _parse(signature: str, position: int, depth: int) -> tuple[Type, int]:
     return Type(code), position
 
 
-def from_library(kind: Type, value: Any, fds: FdTable) -> Any:
-    """Return a value the library decoded as the plain one, with its file descriptors taken from `fds`.
-
-    Raised when it refers to a descriptor the message does not have: ValueError.
-    """
-    code = kind.code
-    if code in _AS_THEY_ARE:
-        return value
-    if code == "v":
-        (inner,) = parse_signature(value.signature)
-        return Value(value.signature, from_library(inner, value.value, fds))
-    if code == "h":
-        return fds.take(value)
-    if code == "(":
-        return tuple(from_library(child, item, fds) for child, item in zip(kind.children, value, strict=True))
-    (child,) = kind.children
-    if child.code == "{":
-        key, item = child.children
-        return {from_library(key, k, fds): from_library(item, v, fds) for k, v in value.items()}
-    if child.code == "y":
-        return bytes(value)
-    if child.code in _AS_THEY_ARE:
-        return value
-    if child == _RANGE:  # the rest takes too long for 65 536 of them
-        return [tuple(pair) for pair in value]
-    return [from_library(child, item, fds) for item in value]
-
-
 def to_library(kind: Type, value: Any, fds: list[int]) -> Any:  # noqa: C901, PLR0912 - one branch per type
     """Return a plain value as the library encodes it; file descriptors are appended to `fds`, which owns them.
 
@@ -187,7 +158,7 @@ def to_library(kind: Type, value: Any, fds: list[int]) -> Any:  # noqa: C901, PL
     if code == "d":
         return float(value)
     if code == "o":
-        if not _OBJECT_PATH.fullmatch(_expect(value, str)):
+        if not OBJECT_PATH.fullmatch(_expect(value, str)):
             raise ValueError(f"{value!r} is not an object path")
         return str(value)
     if code == "g":
@@ -208,7 +179,7 @@ def to_library(kind: Type, value: Any, fds: list[int]) -> Any:  # noqa: C901, PL
         return bytes(value) if not isinstance(value, int) else _expect(value, bytes)
     if isinstance(value, str | bytes):
         raise TypeError(f"{type(value).__name__} instead of a sequence")
-    if child == _RANGE:  # checked where they are packed
+    if child == RANGE:  # checked where they are packed
         return [[first, second] for first, second in value]
     return [to_library(child, item, fds) for item in value]
 
@@ -230,21 +201,6 @@ def encode(signature: str, values: Sequence[Any], fds: list[int]) -> bytes:
         for place, kind in enumerate(types)
     ]
     return _library.encode_body(signature, ready)
-
-
-def decode(order: str, signature: str, body: bytes, fds: FdTable) -> list[Any]:
-    """Return the plain values in a message body.
-
-    If this raises, all of `fds` are closed.
-    Raised when the body does not hold what the signature says: ValueError.
-    """
-    try:
-        types = parse_signature(signature)
-        values = _library.decode_body(order, signature, body)
-        return [from_library(kind, value, fds) for kind, value in zip(types, values, strict=True)]
-    except BaseException:
-        fds.close()
-        raise
 
 
 def clean_text(text: Any) -> str:
