@@ -13,10 +13,13 @@ from blksnap_service.datapath.process import Datapath
 from blksnap_service.devices import Device
 from blksnap_service.service import Service
 from blksnap_service.snapshot import Snapshot
+from blksnap_service.trackers import Tracked
 from blksnap_service.udev import BlockDevices
 from tests.unit.fakes.datapath import FakeDatapath
 
 MIB = 1 << 20
+BLOCK = 65_536
+"""Block size of a device as small as those of the tests."""
 BUS_ID = "0123456789abcdef"
 
 
@@ -144,6 +147,24 @@ def image_file(directory: Path, name: str = "disk.img", size: int = MIB) -> Path
         with path.open("wb") as file:
             file.truncate(size)
     return path
+
+
+def only(rig: Running) -> Tracked:
+    """The one tracker there is."""
+    ((_, tracked),) = rig.service.registry
+    return tracked
+
+
+async def take(rig: Running, *origins: str) -> None:
+    """Take a snapshot behind the service's back, as far as numbers go."""
+    for origin in origins:
+        rig.fake.origins[origin].map.take(rig.fake.origins[origin].map.generation)
+
+
+def nothing_left(rig: Running) -> bool:
+    """Whether no snapshot is anywhere, and no storage of one."""
+    anywhere = (rig.service.snapshots, rig.fake.snapshots, rig.catalogue.snapshots, rig.storage.iterdir())
+    return not any(list(one) for one in anywhere) and not (rig.directory / "diff").exists()
 
 
 @contextlib.asynccontextmanager
