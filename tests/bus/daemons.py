@@ -17,12 +17,17 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from blksnap_service.bus import paths, wire
+from blksnap_service.bus.paths import TRACKER
 from blksnap_service.bus.wire import Value, variant
+from blksnap_service.errors import ERROR_PREFIX, RemoteError
 from tests.bus.hostile import Caller
 
 REPOSITORY = Path(__file__).parents[2]
 MIB = 1 << 20
+BLOCK = 65_536
 START_S = 30.0
 
 BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
@@ -252,6 +257,23 @@ class Signals:
             pass
 
 
+def make_image(path: Path, size: int = MIB) -> Path:
+    """Make a sparse image file."""
+    path.write_bytes(b"")
+    os.truncate(path, size)
+    return path
+
+
+@contextlib.contextmanager
+def refused(name: str, text: str | None = None) -> Iterator[None]:
+    """Expect an error of ours by its last name."""
+    with pytest.raises(RemoteError, match=text) as caught:
+        yield
+    assert caught.value.remote_name == ERROR_PREFIX + name
+    assert "Traceback" not in str(caught.value)
+    assert "/blksnap_service/" not in str(caught.value)
+
+
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     """A directory with a name short enough for sockets, which others may pass through."""
@@ -291,6 +313,15 @@ async def content(uri: str) -> bytes:
     output, _ = await process.communicate()
     assert process.returncode == 0
     return output
+
+
+async def blocks_since(user: Client, device: str, number: int) -> list[int]:
+    """Return the offsets of the blocks changed since a number."""
+    ranges, following = await user.call(
+        device, TRACKER, "GetChangedRanges", "utu", number, 0, 65_536, view=("s", "live")
+    )
+    assert following == await user.get(device, TRACKER, "Capacity")
+    return [block for offset, length in ranges for block in range(offset, offset + length, BLOCK)]
 
 
 def run_daemon(words: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
