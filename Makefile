@@ -15,11 +15,12 @@ CARGO = $$(tools/find-cargo)
 MANIFEST := --manifest-path datapath/Cargo.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-rust test-python lint format bench wheel clean
+.PHONY: help setup build demo test test-rust test-python test-vm lint format bench wheel clean
 
 help:
 	@echo 'make demo    install what is missing, build, show it on an image file'
 	@echo 'make test    the same set-up, then every test (test-rust, test-python: one half; PYTEST_ARGS=…)'
+	@echo 'make test-vm the tests that need a kernel of their own, on every kernel (make test: on the oldest)'
 	@echo 'make lint    ruff, mypy, import-linter, rustfmt, clippy;   make format puts right what can be'
 	@echo 'make bench   the benchmarks;   make wheel   one wheel in dist/;   make clean   remove what was made'
 
@@ -42,6 +43,9 @@ test-rust: setup
 
 test-python: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vm: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" BLKSNAP_VM_KERNELS='6.12 7' $(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.vm.errors import VmError
 from tests.vm.kernels import SUITES
 from tests.vm.machine import DIED, TIMED_OUT, Disk, Guest, Machine
-from tests.vm.selection import pytest_command
+from tests.vm.selection import inner_pytest
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         qemu=tuple(options.qemu),
         **({"disks": tuple(options.disk)} if options.disk else {}),
     )
-    command = options.shell or f"exec {pytest_command(options.pytest, color=sys.stdout.isatty())}"
+    command = options.shell or f"exec {inner_pytest(options.pytest, color=sys.stdout.isatty())}"
     # The first line is the guest's own, so that the time to the first test can be told from the boot.
     with Guest(machine, f"echo; {command}") as guest:
         for number, line in enumerate(guest.output):

@@ -19,18 +19,25 @@ from tests.vm.kernels import Kernel
 FIRST_STAGE = Path(__file__).with_name("first-stage.sh")
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 APPLETS = ("sh", "mount", "mkdir", "insmod", "ifconfig", "switch_root")
+# A user's PATH leaves out where modprobe and its like are.
+PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 DIRECTORIES = ("bin", "dev", "proc", "sys", "lower", "upper", "new")
 
 
 def build(kernel: Kernel, settings: Mapping[str, str]) -> bytes:
     """An uncompressed archive for `kernel`; `settings` are shell variables of the first stage.
 
-    Raises VmError when busybox is missing or not static.
+    Raises VmError when busybox is missing.
     """
     archive = _Archive()
     for directory in DIRECTORIES:
         archive.add(directory, stat.S_IFDIR | 0o755)
-    archive.add("bin/busybox", stat.S_IFREG | 0o755, _busybox())
+    busybox, *libraries = _busybox()
+    archive.add("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
+    for library in libraries:
+        for parent in reversed(library.parents[:-1]):
+            archive.add(str(parent)[1:], stat.S_IFDIR | 0o755)
+        archive.add(str(library)[1:], stat.S_IFREG | 0o755, library.read_bytes())
     for applet in APPLETS:
         archive.add(f"bin/{applet}", stat.S_IFLNK | 0o777, b"busybox")
     names = []
@@ -46,12 +53,13 @@ def build(kernel: Kernel, settings: Mapping[str, str]) -> bytes:
     return archive.finish()
 
 
-def _busybox() -> bytes:
-    path = shutil.which("busybox", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    data = Path(path).read_bytes() if path else b""
-    if not data or b"/lib64/ld-linux" in data:
-        raise VmError("no static busybox: install busybox-static (make setup does)")
-    return data
+def _busybox() -> list[Path]:
+    """The program, then the libraries it needs: Debian's `busybox` is dynamic, `busybox-static` is not."""
+    path = shutil.which("busybox", path=PATH)
+    if path is None:
+        raise VmError("busybox is missing; make setup installs it on Debian")
+    told = subprocess.run(["ldd", path], check=False, capture_output=True, text=True).stdout
+    return [Path(path), *(Path(word) for word in told.split() if word.startswith("/"))]
 
 
 def _module_files(kernel: Kernel) -> list[Path]:
@@ -59,10 +67,11 @@ def _module_files(kernel: Kernel) -> list[Path]:
     files: dict[Path, None] = {}
     for module in MODULES:
         told = subprocess.run(
-            ["/sbin/modprobe", "-d", str(kernel.directory), "-S", kernel.release, "--show-depends", module],
+            ["modprobe", "-d", str(kernel.directory), "-S", kernel.release, "--show-depends", module],
             check=True,
             capture_output=True,
             text=True,
+            env=os.environ | {"PATH": PATH},
         ).stdout
         for line in told.splitlines():
             action, _, path = line.partition(" ")

@@ -6,7 +6,6 @@ own paths, and nothing it writes comes back, but for `/run/vm`, which is `Guest.
 emulates the processor (TCG): nothing here needs KVM.
 """
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -64,7 +63,7 @@ class Guest:
     """A running machine, ended at the latest when its `with` block is.
 
     `output` gives the command's lines as they come; `wait` its exit status. The directory with the console log is kept
-    when the run was not a success or when `keep` was called, else removed.
+    when the run was no success, else removed.
     """
 
     def __init__(self, machine: Machine, command: str, environment: Mapping[str, str] | None = None) -> None:
@@ -87,6 +86,10 @@ class Guest:
         """What the kernel said."""
         return self.directory / "console.log"
 
+    @property
+    def _errors(self) -> Path:
+        return self._private / "errors"
+
     def __enter__(self) -> Self:
         variables = {
             "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -99,21 +102,22 @@ class Guest:
         text = f"{exports}cd {shlex.quote(str(TREE))} || exit {DIED}\n{self._command}\n"
         (self.directory / "command").write_text(text)
         try:
-            self._process = subprocess.Popen(
-                self._qemu(),
-                # Never /dev/null: at the end of its input qemu tells the guest that nobody listens any more.
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=(self._private / "qemu.err").open("w"),
-                text=True,
-                errors="replace",
-                bufsize=1,
-            )
-        except FileNotFoundError as error:
+            with self._errors.open("w") as errors:
+                self._process = subprocess.Popen(
+                    self._qemu(),
+                    # Never /dev/null: at the end of its input qemu tells the guest that nobody listens any more.
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    errors="replace",
+                    bufsize=1,
+                )
+        except BaseException as error:
+            self._kept = False
             self._clean()
-            raise VmError(f"{error.filename} is missing; make setup installs it on Debian") from None
-        except BaseException:
-            self._clean()
+            if isinstance(error, FileNotFoundError):
+                raise VmError(f"{error.filename} is missing; make setup installs it on Debian") from None
             raise
         self._timer.start()
         return self
@@ -145,9 +149,8 @@ class Guest:
         try:
             status = int((self.directory / "status").read_text())
         except FileNotFoundError:
-            said = (self._private / "qemu.err").read_text().strip()
             if code > 0:
-                raise VmError(f"qemu ended with {code}: {said}") from None
+                raise VmError(f"qemu ended with {code}: {self._errors.read_text().strip()}") from None
             return DIED
         self._kept = status != 0
         return status
@@ -158,9 +161,9 @@ class Guest:
             self._process.kill()
             self._process.wait()
 
-    def discard(self) -> None:
-        """Remove the directory at the end, whatever the exit status."""
-        self._kept = False
+    def remove(self) -> None:
+        """Remove the directory of an ended guest that was kept, when its failure was what was wanted."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _pipe(self) -> IO[str]:
         assert self._process is not None

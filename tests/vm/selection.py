@@ -32,7 +32,7 @@ def wanted_kernels() -> list[str]:
     return wanted
 
 
-def pytest_command(arguments: Sequence[str], *, color: bool = False) -> str:
+def inner_pytest(arguments: Sequence[str], *, color: bool = False) -> str:
     """The shell command for `pytest ARGUMENTS`; a cache would be written to memory that goes away."""
     fixed = (
         "-p",

@@ -110,7 +110,7 @@ def test_a_module_loads(name: str) -> None:
     assert Path("/sys/module", name.replace("-", "_")).exists()
 
 
-@pytest.mark.parametrize(("kind", "force"), [("ext4", "-F"), ("xfs", "-f")])
+@pytest.mark.parametrize("kind, force", [("ext4", "-F"), ("xfs", "-f")])
 def test_a_file_system_mounts(kind: str, force: str, tmp_path: Path) -> None:
     """The file systems the tests use, with the host's mkfs."""
     with devices.brd(512 * MIB) as disk:
