@@ -36,7 +36,9 @@ def maps(rounds: int) -> list[Figure]:
         (f"clustered: 10 % in runs of {_RUN_BLOCKS} blocks", clustered, _RANGES_BAR),
         ("dense: all but 1 block in 10 000", _dense(rng), _RANGES_BAR),
         ("everything changed", bytes([_ACTIVE]) * BLOCKS, _RANGES_BAR),
-        ("1 block in 100, anywhere (671 000 ranges)", _scattered(rng, 100), None),
+        ("1 block in 1000, anywhere (67 000 ranges)", _scattered(rng, 1000), _RANGES_BAR),
+        ("1 block in 100, anywhere (658 000 ranges)", _scattered(rng, 100), _RANGES_BAR),
+        ("1 block in 20, anywhere (3.2 million ranges)", _scattered(rng, 20), None),
     )
     return [
         *(_ranges(name, data, bar, rounds) for name, data, bar in kinds),

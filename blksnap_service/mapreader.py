@@ -17,9 +17,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from blksnap_service import cbt, errors, mapview
 from blksnap_service.cbt import Number, Numbers, View
-from blksnap_service.mapview import FrequencyCounter, Mode
+from blksnap_service.mapview import FrequencyCounter, Mode, Ranges
 from blksnap_service.tracker import OpenMap, Tracker, TrackerReading
 
 WINDOW_BLOCKS = 1 << 20
@@ -62,7 +64,7 @@ class MapReader:
 
     async def changed_ranges(
         self, view: View, since: int, offset: int, most: int, generation: str = ""
-    ) -> tuple[list[tuple[int, int]], int]:
+    ) -> tuple[Ranges, int]:
         """Return byte ranges changed since a number, from byte ``offset`` on, and where to go on (the capacity: nowhere).
 
         At most ``most`` ranges, and at most ``MAX_RANGES``. Raises ``errors.GenerationChanged`` when the generation is not
@@ -157,11 +159,12 @@ def _too_short(opened: OpenMap) -> errors.Corrupted:
     return errors.Corrupted(f"the map has not the {opened.reading.block_count} blocks it should have")
 
 
-def _ranges(opened: OpenMap, since: int, offset: int, most: int) -> tuple[list[tuple[int, int]], int]:
+def _ranges(opened: OpenMap, since: int, offset: int, most: int) -> tuple[Ranges, int]:
     """The rule of ``mapview.changed_ranges``, window by window; a range over a border of windows is one range."""
     reading = opened.reading
     size, capacity, count = reading.block_size, reading.capacity, reading.block_count
-    found: list[tuple[int, int]] = []
+    found = [np.empty((0, 2), np.uint64)]
+    room = most
     start = min(offset // size, count) if offset < capacity else count
     while start < count:
         stop = min(start + WINDOW_BLOCKS, count)
@@ -169,18 +172,19 @@ def _ranges(opened: OpenMap, since: int, offset: int, most: int) -> tuple[list[t
         # One more than wanted: the first may turn out to continue the last one of the window before.
         with _window(opened, start, stop) as window:
             ranges, following = mapview.changed_ranges(
-                window, opened.base, since, size, end - begin, 0, most - len(found) + 1
+                window, opened.base, since, size, end - begin, 0, room + 1
             )
-        for relative, length in ranges:
-            absolute = begin + relative
-            if found and sum(found[-1]) == absolute:
-                found[-1] = (found[-1][0], found[-1][1] + length)
-            elif len(found) == most:
-                return found, absolute
-            else:
-                found.append((absolute, length))
+        ranges[:, 0] += np.uint64(begin)
+        if len(ranges) and room < most and found[-1][-1].sum() == ranges[0, 0]:
+            found[-1][-1, 1] += ranges[0, 1]
+            ranges = ranges[1:]
+        if len(ranges) > room:
+            return np.concatenate([*found, ranges[:room]]), int(ranges[room, 0])
+        if len(ranges):
+            found.append(ranges)
+            room -= len(ranges)
         start = stop if following == end - begin else (begin + following) // size
-    return found, capacity
+    return np.concatenate(found), capacity
 
 
 def _summary(

@@ -18,6 +18,8 @@ import warnings
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -72,6 +74,7 @@ def encode_body(signature: str, values: Sequence[Any]) -> bytes:
     """Marshal `values` (as `_values.to_library` made them) to a little-endian message body.
 
     A leading a(tt) is packed here: 65 536 ranges take dbus-next over a second, and the loop stands still meanwhile.
+    One that is an array (n, 2) of uint64 is copied as it lies in memory.
     Raised when a value does not fit its type, a defect of ours: TypeError or ValueError.
     """
     if not signature:
@@ -79,8 +82,14 @@ def encode_body(signature: str, values: Sequence[Any]) -> bytes:
     try:
         if not signature.startswith(_RANGES):
             return bytes(_Marshaller(signature, list(values)).marshall())
-        packed = struct.pack(f"<{2 * len(values[0])}Q", *chain.from_iterable(values[0]))
+        packed = _pack_ranges(values[0])
     except struct.error as error:
         raise ValueError(f"a value does not fit {signature}: {error}") from error
     # The rest begins on a multiple of 8, as a body of its own would.
     return struct.pack("<II", len(packed), 0) + packed + encode_body(signature[len(_RANGES) :], values[1:])
+
+
+def _pack_ranges(ranges: Any) -> bytes:
+    if isinstance(ranges, np.ndarray):
+        return ranges.astype("<u8", copy=False).tobytes()
+    return struct.pack(f"<{2 * len(ranges)}Q", *chain.from_iterable(ranges))

@@ -10,7 +10,7 @@ What it is not: the byte format (`_library` writes it, `_reading` reads it).
 | b, d, s o g | bool, float, str |
 | h | OwnedFd coming in, int (consumed) or OwnedFd going out |
 | ay | bytes |
-| a | list |
+| a | list; going out, a leading a(tt) is also an array (n, 2) of uint64 |
 | (...) | tuple |
 | a{..} | dict |
 | v | Value; going out also a tuple (signature, value) |
@@ -28,11 +28,15 @@ from functools import lru_cache
 from operator import index
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from blksnap_service.bus import _library
 from blksnap_service.fds import OwnedFd
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
 MAX_FDS: Final = 16  # dbus-daemon's limit per message on a system bus (max_message_unix_fds)
 _MAX_DEPTH: Final = 64
@@ -60,6 +64,7 @@ class Type:
 
 
 RANGE: Final = Type("(", (Type("t"), Type("t")))
+RANGES: Final = Type("a", (RANGE,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +196,15 @@ def encode(signature: str, values: Sequence[Any], fds: list[int]) -> bytes:
     """
     types = parse_signature(signature)
     # First, so that they are owned whatever happens to the other values.
-    numbers = {
+    done: dict[int, Any] = {
         place: to_library(kind, values[place], fds) for place, kind in enumerate(types) if kind.code == "h"
     }
     if len(types) != len(values):
         raise ValueError(f"{len(values)} values for the signature {signature!r}")
+    if types and types[0] == RANGES and isinstance(values[0], np.ndarray):
+        done[0] = _array(values[0])
     ready = [
-        numbers[place] if place in numbers else to_library(kind, values[place], fds)
+        done[place] if place in done else to_library(kind, values[place], fds)
         for place, kind in enumerate(types)
     ]
     return _library.encode_body(signature, ready)
@@ -218,6 +225,12 @@ def _expect(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{type(value).__name__} instead of {kind.__name__}")
     return value
+
+
+def _array(ranges: NDArray[Any]) -> NDArray[Any]:
+    if ranges.dtype.kind != "u" or ranges.itemsize != 8 or ranges.ndim != 2 or ranges.shape[1] != 2:
+        raise TypeError(f"an array {ranges.shape} of {ranges.dtype} instead of ranges: give (n, 2) of uint64")
+    return ranges
 
 
 def _integer(code: str, value: Any) -> int:

@@ -11,7 +11,7 @@ from blksnap_service.bus import options as bus_options
 from blksnap_service.bus.access import Context
 from blksnap_service.bus.wire import Call, OwnedFd, Value, variant
 from blksnap_service.cbt import View
-from blksnap_service.mapview import Mode
+from blksnap_service.mapview import Mode, Ranges
 from blksnap_service.tracker import OpenMap
 from blksnap_service.trackers import Tracked
 
@@ -94,7 +94,7 @@ class Tracker:
 
     async def GetChangedRanges(  # noqa: N802
         self, call: Call, since: int, offset: int, most: int, options: Mapping[str, Value]
-    ) -> tuple[list[tuple[int, int]], int]:
+    ) -> tuple[Ranges, int]:
         """Return what changed since a number."""
         chosen = bus_options.take(options, {"generation-id": "s", "view": "s"})
         await self._allow(call)

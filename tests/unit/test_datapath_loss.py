@@ -55,7 +55,7 @@ async def test_a_generation_goes_on_when_the_map_is_whole(rig: Running) -> None:
         after = rig.service.registry.get(device.name)
         assert after.entry == before.entry
         assert (after.tracker.last.generation, after.tracker.last.active) == (reading.generation, 2)
-        assert (await after.reader.changed_ranges(View.LIVE, 1, 0, 10))[0] == [(3 * BLOCK, BLOCK)]
+        assert (await after.reader.changed_ranges(View.LIVE, 1, 0, 10))[0].tolist() == [[3 * BLOCK, BLOCK]]
         assert after.tracker.node == before.tracker.node
         assert rig.catalogue.trackers.get(device.name) == before.entry
         assert not any(told.startswith("generation") for told in rig.watcher.told)
@@ -78,7 +78,9 @@ async def test_a_map_that_slid_goes_on_too(rig: Running) -> None:
         assert (now.tracker.last.generation, now.tracker.last.active, now.tracker.last.base) == (
             reading.generation, reading.active, reading.base,
         )  # fmt: skip
-        assert (await now.reader.changed_ranges(View.LIVE, reading.changes, 0, 10))[0] == [(0, BLOCK)]
+        assert (await now.reader.changed_ranges(View.LIVE, reading.changes, 0, 10))[0].tolist() == [
+            [0, BLOCK]
+        ]
 
 
 async def test_a_tracker_adopted_at_start_goes_on(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ async def test_a_generation_goes_on_over_a_clean_detach(rig: Running, fake: Fake
     assert (after.generation, after.active) == (before.generation, 2)
     assert only(rig).entry.last_reset == "first attach"
     ranges, _ = await only(rig).reader.changed_ranges(View.LIVE, 0, 0, 10)
-    assert ranges == [(3 * BLOCK, BLOCK), (5 * BLOCK, BLOCK)]
+    assert ranges.tolist() == [[3 * BLOCK, BLOCK], [5 * BLOCK, BLOCK]]
 
 
 async def test_a_write_in_between_starts_a_generation(rig: Running) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from numpy.typing import NDArray
 
 from blksnap_service.bus import _library, _values
 from blksnap_service.bus._reading import decode
@@ -124,7 +126,7 @@ def test_both_libraries_write_the_same_bytes(
 def test_ranges_are_packed_as_the_library_would(
     library: str, ranges: list[tuple[int, int]], rest: tuple[str, list[Any]]
 ) -> None:
-    """The quick way for a leading a(tt) is the same bytes, and reads both byte orders."""
+    """The quick ways for a leading a(tt), a list or an array, are the same bytes, and it is read in both byte orders."""
     signature, plain = f"a(tt){rest[0]}", [ranges, *rest[1]]
     ours = encode(signature, plain, [])
     fds: list[int] = []
@@ -134,6 +136,9 @@ def test_ranges_are_packed_as_the_library_would(
     ]
     assert ours == bytes(_library._Marshaller(signature, library_values).marshall())
     assert decode("<", signature, ours, FdTable([])) == plain
+    array = np.array(ranges, np.uint64).reshape(-1, 2)
+    assert encode(signature, [array, *rest[1]], []) == ours
+    assert encode(signature, [array.astype(">u8")[::-1][::-1], *rest[1]], []) == ours
     swapped = struct.pack(">II", 16 * len(ranges), 0) + b"".join(struct.pack(">QQ", *pair) for pair in ranges)
     assert decode(">", "a(tt)", swapped, FdTable([])) == [ranges]
 
@@ -144,6 +149,22 @@ def test_the_largest_ranges_take_a_moment(library: str) -> None:
     started = time.process_time()
     assert round_trip("a(tt)", [ranges]) == [ranges]
     assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 2), np.int64),
+        np.zeros((2, 2), np.uint32),
+        np.zeros((2, 2)),
+        np.zeros((2, 3), np.uint64),
+        np.zeros(4, np.uint64),
+    ],
+)
+def test_an_array_of_something_else_is_not_sent(array: NDArray[Any]) -> None:
+    """Its memory goes out as it lies: negative or half as wide numbers would become others."""
+    with pytest.raises(TypeError, match=r"instead of ranges: give \(n, 2\) of uint64"):
+        encode("a(tt)", [array], [])
 
 
 @given(signature=st.text("ybnqiuxtdsoghav(){}", max_size=12))
