@@ -139,7 +139,7 @@ class Inventory:
             if device.path in {path, real} or path in device.symlinks:
                 return device
         raise errors.NotFound(
-            f"{path} is no block device this service can use and no added image file; add a file with AddImageFile"
+            f"{path} is no block device this service can use and no added image file; an image file has to be added first"
         )
 
     async def refresh(self) -> None:

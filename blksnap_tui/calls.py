@@ -22,6 +22,7 @@ ACT_TIMEOUT_S = 180.0  # a person may be typing a password
 TAKE_TIMEOUT_S = 900.0  # and difference storage may have to be allocated
 
 RANGES_PER_CALL = 16_384
+"""Not more than the service gives at most: a page that is not full is then the last."""
 
 View = Literal["taken", "live"]
 
@@ -225,8 +226,7 @@ class Calls:
                 if pending is not None:
                     yield pending
                 pending = (start, length)
-            # The end is the device's end or 0; either way nothing lies behind it.
-            if following <= offset or not ranges:
+            if len(ranges) < RANGES_PER_CALL or following <= offset:
                 break
             offset = following
         if pending is not None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from blksnap_service.mapreader import MAX_RANGES
 from blksnap_tui import events, model
+from blksnap_tui.calls import RANGES_PER_CALL
 from blksnap_tui.client import Client
 from blksnap_tui.errors import (
     BusUnavailableError,
@@ -114,7 +116,12 @@ async def test_ranges_of_several_answers_are_joined(
     async with client_of(service) as client:
         found = [pair async for pair in client.changed_ranges(device, 0)]
     assert found == [(65_536, 3 * 65_536), (7 * 65_536, 65_536), (63 * 65_536, 65_536)]
-    assert sum(name == "GetChangedRanges" for name, _ in service.calls) > 2
+    assert sum(name == "GetChangedRanges" for name, _ in service.calls) == 3
+
+
+def test_a_page_that_is_not_full_is_the_last() -> None:
+    """The client stops there: the service must never cut one shorter than the client asks for."""
+    assert RANGES_PER_CALL <= MAX_RANGES
 
 
 async def test_a_map_file_is_closed_by_who_entered_it(service: FakeService) -> None:

@@ -116,11 +116,14 @@ def test_a_snapshot_is_created_listed_and_destroyed(
     assert service.objects[disk][model.DEVICE]["Tracked"]
 
 
-def test_changes_are_offset_and_length(disk: ObjectPath, capsys: pytest.CaptureFixture[str]) -> None:
-    """One range per line, a tab between."""
+def test_changes_are_offset_and_length(
+    service: FakeService, disk: ObjectPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One range per line, a tab between; a short answer takes one call."""
     assert disk
     assert run("changes", "disk.img", "--since", "#0") == 0
     assert capsys.readouterr().out == "65536\t131072\n"
+    assert [name for name, _ in service.calls].count("GetChangedRanges") == 1
 
 
 def test_changes_name_the_generation_they_belong_to(
