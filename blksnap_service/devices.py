@@ -34,6 +34,15 @@ class Device:
     id_label: str = ""
     id_uuid: str = ""
     mount_points: tuple[str, ...] = ()
+    """Where it is mounted, or a node of its tracker."""
+    nodes: tuple[int, ...] = ()
+    """The numbers of devices its tracker made that are it to whoever uses them."""
+    diskseq: int = 0
+    """Another number is another medium or disk under the same name (Documentation/ABI/stable/sysfs-block); 0: not known."""
+    stable_key: str = ""
+    """What tells it from all others after a boot too (``persistent``); empty for an image file."""
+    node_name: str = ""
+    """What the name of its node is made of, when that is not to be the kernel's name: that one changes."""
 
     @property
     def number(self) -> int:

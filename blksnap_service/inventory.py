@@ -39,6 +39,16 @@ class Watcher(Protocol):
         """A device is gone."""
 
 
+class Follower(Protocol):
+    """Is told what happened to block devices that are tracked; must not raise."""
+
+    def device_lost(self, device: Device) -> None:
+        """The device is gone, or another medium is in its place; its object stays."""
+
+    def device_resized(self, device: Device) -> None:
+        """The device has another size than before."""
+
+
 class Inventory:
     """All devices by object name."""
 
@@ -48,18 +58,27 @@ class Inventory:
         blocks: BlockDevices,
         watcher: Watcher,
         pinned: Callable[[], Collection[str]] = tuple,
+        follower: Follower | None = None,
     ) -> None:
         """Keep added image files in ``table``; nothing is listed before ``load``.
 
         ``pinned`` gives the names of devices that stay listed even when they are gone: those that are tracked.
+        ``follower`` is told about those.
         """
         self._table = table
         self._pinned = pinned
+        self._follower = follower
         self._blocks = blocks
         self._watcher = watcher
         self._devices: dict[str, Device] = {}
+        self._block_names: dict[str, str] = {}
+        """Object names by what ``BlockDevices`` calls them: an image file may have had a name first."""
+        self._lost: set[str] = set()
         self._lock = asyncio.Lock()
-        self._refreshes: set[asyncio.Task[None]] = set()
+        self._blocks_lock = asyncio.Lock()
+        """Its own, so that an image file on a disk that hangs holds up no block device."""
+        self._stale = False
+        self._refreshing: asyncio.Task[None] | None = None
 
     def __iter__(self) -> Iterator[Device]:
         """Iterate over a copy of all devices."""
@@ -86,17 +105,20 @@ class Inventory:
                     await self._table.drop(entry.key)
             else:
                 self._put(device)
+        # First, so that nothing comes unseen between the first look and the first event.
+        self._blocks.watch(self.refresh_soon)
         await self.refresh()
-        self._blocks.watch(self._refresh_soon)
 
     def close(self) -> None:
         """Stop watching."""
         self._blocks.close()
-        for task in self._refreshes:
-            task.cancel()
+        if self._refreshing is not None:
+            self._refreshing.cancel()
 
     def keep(self, device: Device) -> None:
-        """List an image file as it was last known: it is tracked, although its name is gone."""
+        """List a device as it was last known: it is tracked, although its name is gone."""
+        if device.kind == "block":
+            self._block_names.setdefault(device.name, device.name)
         self._put(device)
 
     async def add_image(self, path: str, fd: OwnedFd | None = None) -> Device:
@@ -118,13 +140,16 @@ class Inventory:
                     if device.path == new.path:
                         self._put(replace(new, name=device.name))
                     return self._devices[device.name]
-            new = replace(new, name=self._free_name(new.path))
+            new = replace(new, name=self._free_name(escape(Path(new.path).name)))
             await self._table.put(ImageEntry(key=new.name, path=new.path))
             self._put(new)
         return new
 
     async def resolve(self, path: str) -> Device:
-        """Return the device a node, a link to one, or an added image file is. Raises ``errors.NotFound``."""
+        """Return the device a node, a link to one, or an added image file is; the node of a tracker is its origin.
+
+        Raises ``errors.NotFound``.
+        """
         real = path
         if path.startswith("/") and "\0" not in path:
             real = await asyncio.to_thread(os.path.realpath, path)
@@ -133,7 +158,9 @@ class Inventory:
             except OSError:
                 status = None
             for device in self._devices.values():
-                if status is not None and device.identity == Identity.of(status):
+                if status is None:
+                    break
+                if device.identity == Identity.of(status) or status.st_rdev in device.nodes:
                     return device
         for device in self._devices.values():
             if device.path in {path, real} or path in device.symlinks:
@@ -144,21 +171,61 @@ class Inventory:
 
     async def refresh(self) -> None:
         """Look again at block devices and at the image files' sizes; tell what changed."""
+        await self._refresh_blocks()
         async with self._lock:
-            blocks = await asyncio.to_thread(self._blocks.list)
-            pinned = self._pinned()
-            for device in list(self._devices.values()):
-                if device.kind == "block" and device.name not in blocks and device.name not in pinned:
-                    del self._devices[device.name]
-                    self._watcher.device_removed(device)
-            for name, device in blocks.items():
-                holder = self._devices.get(name)
-                if holder is not None and holder.kind == "file":
-                    device = replace(device, name=self._free_name(device.path))  # noqa: PLW2901
-                self._put(device)
             for device in list(self._devices.values()):
                 if device.kind == "file":
                     await self._refresh_image(device)
+
+    def refresh_soon(self) -> None:
+        """Look again at block devices, once for any number of calls until that is done."""
+        self._stale = True
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh_while_stale())
+
+    async def _refresh_while_stale(self) -> None:
+        while self._stale:
+            self._stale = False
+            await self._refresh_blocks()
+
+    async def _refresh_blocks(self) -> None:
+        async with self._blocks_lock:
+            blocks = await asyncio.to_thread(self._blocks.list)
+            pinned = self._pinned()
+            for listed, name in list(self._block_names.items()):
+                device = self._devices.get(name)
+                if listed in blocks or device is None:
+                    continue
+                if name in pinned:
+                    self._note_lost(device)
+                    continue
+                del self._block_names[listed], self._devices[name]
+                self._lost.discard(name)
+                self._watcher.device_removed(device)
+            for listed, found in blocks.items():
+                name = self._block_names.setdefault(listed, self._name_of_block(listed))
+                self._put_block(replace(found, name=name), tracked=name in pinned)
+
+    def _name_of_block(self, listed: str) -> str:
+        holder = self._devices.get(listed)
+        taken = self._table.get(listed) is not None or (holder is not None and holder.kind == "file")
+        return self._free_name(listed) if taken else listed
+
+    def _put_block(self, now: Device, *, tracked: bool) -> None:
+        before = self._devices.get(now.name)
+        if tracked and before is not None and before.diskseq and now.diskseq not in {0, before.diskseq}:
+            self._note_lost(before)
+        self._put(now)
+        if not tracked:
+            self._lost.discard(now.name)
+        elif self._follower is not None and before is not None and before.size != now.size:
+            self._follower.device_resized(now)
+
+    def _note_lost(self, device: Device) -> None:
+        if device.name not in self._lost:
+            self._lost.add(device.name)
+            if self._follower is not None:
+                self._follower.device_lost(device)
 
     async def _refresh_image(self, device: Device) -> None:
         try:
@@ -168,11 +235,6 @@ class Inventory:
             return
         self._put(now)
 
-    def _refresh_soon(self) -> None:
-        task = asyncio.get_running_loop().create_task(self.refresh())
-        self._refreshes.add(task)
-        task.add_done_callback(self._refreshes.discard)
-
     def _put(self, device: Device) -> None:
         before = self._devices.get(device.name)
         self._devices[device.name] = device
@@ -181,8 +243,7 @@ class Inventory:
         elif before != device:
             self._watcher.device_changed(device)
 
-    def _free_name(self, path: str) -> str:
-        base = escape(Path(path).name)
+    def _free_name(self, base: str) -> str:
         name, count = base, 1
         while name in self._devices or self._table.get(name) is not None:
             # "__" comes out of no escaping.
