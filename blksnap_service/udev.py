@@ -86,7 +86,9 @@ class BlockDevices:
                     found[device.name] = device
         for name, numbers in nodes.items():
             if (device := found.get(name)) is not None:
-                targets = [target for number in (device.number, *numbers) for target in mounts.get(number, ())]
+                targets = [
+                    target for number in (device.number, *numbers) for target in mounts.get(number, ())
+                ]
                 found[name] = replace(
                     device, nodes=tuple(sorted(numbers)), mount_points=tuple(dict.fromkeys(targets))
                 )
