@@ -2,6 +2,7 @@
 """The harness: what comes out of a guest, and that every guest ends."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 from tests.vm.machine import DIED, TIMED_OUT, TREE, Disk, Guest, Machine
-from tests.vm.selection import wanted_kernels
+from tests.vm.selection import KERNELS_VARIABLE, wanted_kernels
 
 KERNEL = wanted_kernels()[0]
 
@@ -50,7 +51,7 @@ def test_a_panic_ends_the_guest_and_keeps_its_console() -> None:
 
 
 def test_the_time_limit_ends_the_guest() -> None:
-    """A command that hangs does not hang the run."""
+    """A guest that does not end by itself, in the boot or in the command, does not hang the run."""
     started = time.monotonic()
     with Guest(Machine(KERNEL, time_limit_s=5), "sleep 1000") as guest:
         assert guest.wait() == TIMED_OUT
@@ -70,3 +71,28 @@ def test_a_disk_is_kept_across_a_power_cut(tmp_path: Path) -> None:
     with Guest(machine, "head -n 1 /dev/vda") as guest:
         assert list(guest.output) == ["kept"]
         assert guest.wait() == 0
+
+
+def test_every_test_of_a_guest_is_reported_for_what_it_did() -> None:
+    """A failure and a skip with their reasons; a panic fails the test that was running, and no other."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "tests/vm/guest/sabotage.py"],
+        cwd=TREE,
+        env=os.environ | {KERNELS_VARIABLE: KERNEL},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    outcomes = re.findall(rf"^(\w+) \S*sabotage.py::(\w+)\[{KERNEL}\]", done.stdout, re.MULTILINE)
+    assert sorted(outcomes) == [
+        ("FAILED", "test_fails"),
+        ("FAILED", "test_panics"),
+        ("PASSED", "test_after_the_panic"),
+        ("PASSED", "test_passes"),
+    ], done.stdout
+    assert "1 skipped" in done.stdout
+    assert "the reason" in done.stdout
+    assert "printed before" in done.stdout
+    assert "Kernel panic" in done.stdout
+    for kept in set(re.findall(r"kept (?:in )?(\S+blksnap-vm-\w+)", done.stdout)):
+        shutil.rmtree(kept)
