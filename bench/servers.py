@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blksnap_service.datapath.client import Connection, DatapathClient
+from blksnap_service.datapath.client import DatapathClient
+from blksnap_service.datapath.connection import Connection
 from blksnap_service.datapath.process import SOCKET
 from blksnap_service.fds import OwnedFd, close_all
 from demo.programs import DemoError, running
@@ -35,27 +36,33 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class TrackedServer:
-    """A data path with one origin."""
+class Datapath:
+    """A data path of its own, with one origin at a time."""
 
-    server: Server
+    pid: int
     client: DatapathClient
+    _runtime_dir: Path
+
+    @contextlib.asynccontextmanager
+    async def serving(self, image: Path, *, tracking: bool = True) -> AsyncIterator[Server]:
+        """Serve `image`, with or without tracking, and detach it again."""
+        await _add(self._runtime_dir / SOCKET, image, tracking=tracking)
+        yield Server(self.pid, f"nbd+unix:///?socket={self._runtime_dir / 'nbd' / ORIGIN}.sock")
+        # The client has ended, but the data path may not have noticed yet.
+        maps = await self.client.origin_remove(ORIGIN, force=True)
+        maps.close()
 
 
 @contextlib.asynccontextmanager
-async def datapath(
-    binary: Path, runtime_dir: Path, image: Path, *, tracking: bool = True
-) -> AsyncIterator[TrackedServer]:
-    """Serve `image` by a data path, with or without tracking."""
+async def datapath(binary: Path, runtime_dir: Path) -> AsyncIterator[Datapath]:
+    """Run a data path without origins."""
     runtime_dir.mkdir(mode=0o700, exist_ok=True)
     log = runtime_dir.with_suffix(".log")
     async with (
         running(binary, "--runtime-dir", runtime_dir, log=log) as process,
         _connected(process, runtime_dir / SOCKET, log) as client,
     ):
-        await _add(runtime_dir / SOCKET, image, tracking=tracking)
-        uri = f"nbd+unix:///?socket={runtime_dir / 'nbd' / ORIGIN}.sock"
-        yield TrackedServer(Server(process.pid, uri), client)
+        yield Datapath(process.pid, client, runtime_dir)
 
 
 @contextlib.asynccontextmanager

@@ -56,6 +56,10 @@ class TrackerEntry:
     """As asked for; 0: by the rule."""
     identity: str
     """The file or device that was opened (``storage.Identity`` as text), or empty while it is being attached."""
+    top: str = ""
+    """As in ``tracker.Placement``, and so the next two."""
+    insert: str = ""
+    ublk_id: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +86,21 @@ _E = TypeVar("_E", ImageEntry, TrackerEntry, SnapshotEntry)
 
 
 def _parse(kind: type[_E], source: object) -> _E:
-    """Return the entry in a JSON object. Raises ``ValueError`` for a missing, unknown or wrongly typed field."""
-    if not isinstance(source, dict) or set(source) != {field.name for field in fields(kind)}:
-        raise ValueError("an entry has missing or unknown fields")
+    """Return the entry in a JSON object. Raises ``ValueError`` for a missing, unknown or wrongly typed field.
+
+    A field with a default may be missing: an older service did not write it.
+    """
+    known = {field.name: field.default for field in fields(kind)}
+    if not isinstance(source, dict) or not source.keys() <= known.keys():
+        raise ValueError("an entry has unknown fields")
     values: dict[str, Any] = {}
     for name, wanted in get_type_hints(kind).items():
-        value = source[name]
+        value = source.get(name, known[name])
         if wanted == tuple[str, ...]:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise ValueError(f"{name} is no list of strings")
             value = tuple(value)
-        elif type(value) is not wanted or (wanted is int and value < 0):
+        elif type(value) is not wanted or (wanted is int and value < 0 and value != known[name]):
             raise ValueError(f"{name} is not of type {wanted.__name__}")
         values[name] = value
     return kind(**values)

@@ -12,13 +12,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from blksnap_service import errors, inventory, snapshot, trackers
+from blksnap_service.backends.datapath.engine import DatapathEngine
 from blksnap_service.backends.nbd.backend import NbdBackend
-from blksnap_service.backends.nbd.engine import DatapathEngine
+from blksnap_service.backends.planned import PlannedBackend
+from blksnap_service.backends.ublk.backend import UblkBackend
 from blksnap_service.catalogue import Catalogue, TrackerEntry
 from blksnap_service.datapath.model import Event
 from blksnap_service.datapath.process import Datapath
@@ -64,15 +66,20 @@ class Service:
         self._watcher = watcher
         self._bus_id = ""
         self._events: asyncio.Queue[Event | str] = asyncio.Queue()
-        self._backends: Mapping[str, Backend] = {"nbd": NbdBackend(datapath, catalogue.maps)}
+        self._backends: Sequence[Backend] = (
+            PlannedBackend("blkfilter", snapshots=True, live_map=False),
+            UblkBackend(datapath, catalogue.maps),
+            NbdBackend(datapath, catalogue.maps),
+            PlannedBackend("bpf", snapshots=False, live_map=True),
+        )
         self.storage_directory = storage_directory
-        self.registry = Registry(catalogue, list(self._backends.values()), watcher)
+        self.registry = Registry(catalogue, self._backends, watcher, self._made_of)
         self.inventory = Inventory(
             catalogue.images, blocks, watcher, lambda: {name for name, _ in self.registry}
         )
-        self.snapshots = Snapshots(
-            catalogue, self.registry, {"nbd": DatapathEngine(datapath)}, storage_directory, watcher
-        )
+        engine = DatapathEngine(datapath)
+        engines = {"ublk": engine, "nbd": engine}
+        self.snapshots = Snapshots(catalogue, self.registry, engines, storage_directory, watcher)
 
     async def start(self, bus_id: str) -> None:
         """List devices, connect to the data path and adopt what runs. Raises ``errors.NotAvailable`` without a data path."""
@@ -98,12 +105,22 @@ class Service:
         """Detach a tracker. Raises ``errors.Busy`` (snapshots, clients) unless forced, and ``errors.NotTracked``."""
         covering = self.snapshots.of_device(device.name)
         if covering and not force:
+            which = ", ".join(one.id for one in covering)
             raise errors.Busy(
-                f"{device.path} is part of {len(covering)} snapshots: destroy them first, or give the option force"
+                f"{device.path} is part of snapshot {which}: destroy that first, or give the option force"
             )
         await self.registry.detach(device, force=force)
         for one in covering:
             await self.snapshots.refresh(one)
+
+    def _made_of(self, identity: Identity) -> str:
+        """Return what a device is that is an image; empty for all others."""
+        for one in self.snapshots:
+            for image in one.status.images:
+                with contextlib.suppress(OSError):
+                    if image.path and Identity.of(Path(image.path).stat()) == identity:
+                        return f"an image of snapshot {one.id}"
+        return ""
 
     async def collect(self) -> None:
         """Adopt snapshots this service does not know yet."""
@@ -116,7 +133,7 @@ class Service:
             for entry in self._catalogue.trackers
             if entry.identity
         }
-        for backend in self._backends.values():
+        for backend in self._backends:
             for tracker, path in await backend.discover(known):
                 if self.registry.by_origin(tracker.origin) is None:
                     await self._adopt(backend.info.name, tracker, path)

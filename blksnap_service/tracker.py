@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from blksnap_service import errors
 from blksnap_service.cbt import View
 from blksnap_service.devices import Device
 from blksnap_service.fds import OwnedFd
@@ -37,6 +38,18 @@ class TrackerReading:
     def changes(self) -> int:
         """The number of the last take; 0 before the first."""
         return self.active - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a tracker sits among the system's devices; written down, so that it can be put there again."""
+
+    top: str = ""
+    """The device-mapper device made on top, or empty."""
+    insert: str = ""
+    """The live device-mapper device it is under, or empty."""
+    ublk_id: int = -1
+    """The ``N`` of ``/dev/ublkbN``, or -1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,14 @@ class Tracker(Protocol):
     @property
     def identity(self) -> Identity:
         """The file or device that is open as the origin."""
+
+    @property
+    def devices(self) -> Collection[Identity]:
+        """All that shows the origin's bytes: itself, the node, and what lies between."""
+
+    @property
+    def placement(self) -> Placement:
+        """Where it sits."""
 
     @property
     def last(self) -> TrackerReading:
@@ -126,8 +147,8 @@ class Backend(Protocol):
     def info(self) -> BackendInfo:
         """What it can do now."""
 
-    def can_track(self, device: Device) -> bool:
-        """Whether it can track this device now, as far as one can tell without trying."""
+    def refusal(self, device: Device) -> errors.BlksnapError | None:
+        """Return why it cannot track this device now, as far as one can tell without trying; None if it can."""
 
     async def attach(self, device: Device, block_size: int) -> Attached:
         """Track a device; ``block_size`` 0: by the rule. Raises ``errors.BlksnapError``; nothing is left behind then."""

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -55,11 +55,18 @@ class Tracked:
 class Registry:
     """Who is tracked by what, by object name of the device."""
 
-    def __init__(self, catalogue: Catalogue, backends: Sequence[Backend], watcher: Watcher) -> None:
-        """Use ``backends``, best first."""
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        backends: Sequence[Backend],
+        watcher: Watcher,
+        made_of: Callable[[Identity], str] = lambda _: "",
+    ) -> None:
+        """Use ``backends``, best first. ``made_of`` says what a device is that is none of its own, or nothing."""
         self._catalogue = catalogue
         self._backends = {backend.info.name: backend for backend in backends}
         self._watcher = watcher
+        self._made_of = made_of
         self._tracked: dict[str, Tracked] = {}
         self._ended: dict[str, Tracked] = {}
         """Trackers that ran when their backend ended, until they run again or are given up."""
@@ -91,8 +98,8 @@ class Registry:
         return None
 
     def origins(self) -> set[Identity]:
-        """The files and devices that are open as origins."""
-        return {tracked.tracker.identity for tracked in self._tracked.values()}
+        """The files and devices that are open as origins, and the devices over them."""
+        return {identity for tracked in self._tracked.values() for identity in tracked.tracker.devices}
 
     def infos(self) -> list[BackendInfo]:
         """What each backend can do, best first."""
@@ -100,7 +107,9 @@ class Registry:
 
     def usable(self, device: Device) -> list[str]:
         """The names of backends that can track a device now, best first."""
-        return [name for name, backend in self._backends.items() if backend.can_track(device)]
+        if self._ours(device):
+            return []
+        return [name for name, backend in self._backends.items() if backend.refusal(device) is None]
 
     async def attach(
         self,
@@ -137,6 +146,8 @@ class Registry:
             raise errors.Busy(
                 f"{device.path} is about to be tracked again by itself: wait, or detach it first"
             )
+        if ours := self._ours(device):
+            raise errors.NotSupported(f"{device.path} is {ours}: it cannot be tracked itself")
         chosen = self._choose(device, backend)
         entry = TrackerEntry(
             key=device.name,
@@ -303,7 +314,15 @@ class Registry:
                     await self._catalogue.trackers.drop(name)
 
     async def _admit(self, name: str, tracker: Tracker, entry: TrackerEntry, last_reset: str) -> None:
-        entry = replace(entry, last_reset=last_reset, identity=str(tracker.identity))
+        placement = tracker.placement
+        entry = replace(
+            entry,
+            last_reset=last_reset,
+            identity=str(tracker.identity),
+            top=placement.top,
+            insert=placement.insert,
+            ublk_id=placement.ublk_id,
+        )
         self._tracked[name] = Tracked(tracker, MapReader(tracker), entry)
         if (ended := self._ended.pop(name, None)) is not None:
             ended.tracker.close()
@@ -330,14 +349,27 @@ class Registry:
                 known = ", ".join(self._backends)
                 raise errors.InvalidArgument(f"there is no backend {name!r} here; there is: {known}")
             return chosen
-        for backend in self._backends.values():
-            if backend.can_track(device):
+        refusals = [backend.refusal(device) for backend in self._backends.values()]
+        for backend, refusal in zip(self._backends.values(), refusals, strict=True):
+            if refusal is None:
                 return backend
-        reasons = [
-            f"{info.name}: {info.reason or 'cannot track this device while it is in use or read-only'}"
-            for info in self.infos()
-        ]
-        raise errors.NotSupported(f"nothing here can track {device.path} now ({'; '.join(reasons)})")
+        for backend, refusal in zip(self._backends.values(), refusals, strict=True):
+            # What one must do for the best one that could is more help than all that cannot be had.
+            if (
+                backend.info.available
+                and refusal is not None
+                and not isinstance(refusal, errors.NotSupported)
+            ):
+                raise refusal
+        reasons = "; ".join(str(refusal) for refusal in refusals)
+        raise errors.NotSupported(f"nothing here can track {device.path} now: {reasons}")
+
+    def _ours(self, device: Device) -> str:
+        """Return what a device is that is there because another one is tracked; empty for all others."""
+        for name, tracked in self._tracked.items():
+            if name != device.name and device.identity in tracked.tracker.devices:
+                return f"part of the tracker of {tracked.entry.path}"
+        return self._made_of(device.identity)
 
 
 def _visible(reading: TrackerReading) -> tuple[object, ...]:

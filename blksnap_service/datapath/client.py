@@ -1,160 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Requests to the data path and its events, over its control socket (docs/datapath-protocol.md).
+"""What the data path can be asked to do, and its events (docs/datapath-protocol.md, Operations).
 
-A ``Connection`` pairs replies with requests by id; a ``DatapathClient`` holds three of them: one for operations, which may
-take seconds (a take waits for writes in flight), one for readings, which must not wait behind them, and one for
-events. Error codes become classes of ``errors``. It keeps no state about origins or snapshots and never reconnects.
+A ``DatapathClient`` holds three connections: one for operations, which may take seconds (a take waits for writes in
+flight), one for readings, which must not wait behind them, and one for events. It keeps no state about origins or
+snapshots and never reconnects.
 """
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from blksnap_service import errors
-from blksnap_service.datapath.framing import LineSocket
-from blksnap_service.datapath.model import Event, Fields, OriginReading, SnapshotReading, Taken
+from blksnap_service.datapath.connection import Connection, Reply
+from blksnap_service.datapath.model import Event, Fields, Front, Hello, OriginReading, SnapshotReading, Taken
 from blksnap_service.fds import OwnedFd, close_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from pathlib import Path
     from types import TracebackType
 
-PROTOCOL = 1
-REPLY_TIMEOUT_S = 60.0
-"""Longest time any operation may take; the slowest is a take, which gives up by itself after its ``timeout_ms``."""
 MARK_RANGES_PER_REQUEST = 20_000
 """As JSON, two 20-digit numbers and punctuation: stays below the 1 MiB line."""
-
-_BY_CODE: Mapping[str, type[errors.BlksnapError]] = {
-    "protocol": errors.NotAvailable,
-    "not-found": errors.NotFound,
-    "exists": errors.AlreadyTracked,
-    "busy": errors.Busy,
-    "invalid": errors.InvalidArgument,
-    "invalid-state": errors.InvalidState,
-    "no-space": errors.NoSpace,
-    "timed-out": errors.TimedOut,
-    "io": errors.Failed,
-    "limit": errors.LimitExceeded,
-}
-
-
-class Disconnected(errors.NotAvailable):
-    """Raised for every request that is under way when the connection to the data path ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The ``ok`` part of a reply and the descriptors that came with it, owned by the caller."""
-
-    ok: object
-    fds: tuple[OwnedFd, ...]
-
-
-def error_of(source: object) -> errors.BlksnapError:
-    """Return the exception for an ``error`` object of a reply."""
-    fields = Fields(source, "error")
-    code, message = fields.text("code"), fields.text("message")
-    if code == "io" and isinstance(source, dict) and isinstance(source.get("errno"), int):
-        reason = os.strerror(source["errno"])
-        if reason.lower() not in message.lower():
-            message = f"{message}: {reason.lower()}"
-    return _BY_CODE.get(code, errors.Failed)(message)
-
-
-class Connection:
-    """One connection: requests by id, answered in the order sent."""
-
-    def __init__(self, on_event: Callable[[Event], None], on_closed: Callable[[str], None]) -> None:
-        """Prepare a connection that reports to the two callbacks; ``open`` connects it."""
-        self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Reply]] = {}
-        self._on_event = on_event
-        self._on_closed = on_closed
-        self._socket: LineSocket | None = None
-
-    async def open(self, path: Path) -> None:
-        """Connect and agree on the protocol. Raises ``OSError`` or ``errors.NotAvailable`` (other version)."""
-        self._socket = await LineSocket.connect(path, self._received, self._ended)
-        try:
-            reply = await self.request("hello", protocol=PROTOCOL)
-            close_all(reply.fds)
-        except BaseException:
-            self.close()
-            raise
-
-    async def request(self, op: str, fds: Sequence[OwnedFd] = (), **arguments: object) -> Reply:
-        """Send one request and wait for its reply; ``fds`` are consumed whatever happens.
-
-        Raises the class of ``errors`` for the reply's code, ``Disconnected`` and ``errors.TimedOut``.
-        """
-        if self._socket is None or self._socket.closed:
-            close_all(fds)
-            raise Disconnected("the data path is not connected")
-        number = next(self._ids)
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = future
-        try:
-            self._socket.send({"id": number, "op": op, **arguments}, fds)
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
-                return await future
-        except BaseException as error:
-            # A reply may have arrived in the very step in which the waiting was cancelled or timed out.
-            if future.done() and not future.cancelled() and future.exception() is None:
-                close_all(future.result().fds)
-            if isinstance(error, TimeoutError):
-                raise errors.TimedOut(
-                    f"the data path did not answer {op} within {REPLY_TIMEOUT_S:.0f} s"
-                ) from error
-            if isinstance(error, ConnectionError):
-                raise Disconnected("the data path is not connected") from error
-            raise
-        finally:
-            self._waiting.pop(number, None)
-
-    def close(self) -> None:
-        """Close; requests under way end with ``Disconnected``."""
-        if self._socket is not None:
-            self._socket.close()
-        self._fail_waiting("the connection to the data path was closed")
-
-    def _fail_waiting(self, reason: str) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            if not future.done():
-                future.set_exception(Disconnected(reason))
-
-    def _ended(self, reason: str) -> None:
-        self._fail_waiting(reason)
-        self._on_closed(reason)
-
-    def _received(self, message: dict[str, object], fds: list[OwnedFd]) -> None:
-        name = message.get("event")
-        if isinstance(name, str):
-            close_all(fds)
-            self._on_event(Event(name, Fields(message, name)))
-            return
-        number = message.get("id")
-        if number is None and "error" in message and self._waiting:
-            # A line that could not be read has no id, but replies come in the order of requests.
-            number = min(self._waiting)
-        future = self._waiting.get(number) if isinstance(number, int) else None
-        if future is None or future.done():
-            # The one who asked has given up; what came for it must not stay open.
-            close_all(fds)
-        elif "error" in message:
-            close_all(fds)
-            try:
-                future.set_exception(error_of(message["error"]))
-            except errors.BlksnapError as error:
-                future.set_exception(error)
-        else:
-            future.set_result(Reply(message.get("ok"), tuple(fds)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +92,15 @@ class DatapathClient:
             self.close()
             self._on_lost(reason)
 
+    @property
+    def hello(self) -> Hello:
+        """What the data path said of itself when it was last asked."""
+        return self._readings.hello
+
+    async def greet(self) -> Hello:
+        """Ask again: a kernel module may have been loaded since."""
+        return await self._readings.greet()
+
     async def list(self) -> tuple[list[OriginReading], list[SnapshotReading]]:
         """Return everything the data path holds."""
         fields = Fields(await _plain(self._readings.request("list")), "list")
@@ -235,7 +112,7 @@ class DatapathClient:
     async def origin_add(
         self,
         origin: str,
-        fd: OwnedFd,
+        fd: OwnedFd | None,
         *,
         saved_map: OwnedFd | None = None,
         block_size: int = 0,
@@ -244,9 +121,18 @@ class DatapathClient:
         active: int = 1,
         read_only: bool = False,
         label: str = "",
+        front: Front = "nbd",
+        top: str = "",
+        insert: str = "",
     ) -> OriginMaps:
-        """Track the open file or device ``fd``; both descriptors are consumed."""
-        fds = (fd,) if saved_map is None else (fd, saved_map)
+        """Track the open file or device ``fd``; both descriptors are consumed.
+
+        ``front`` ublk needs a block device: ``top`` names the device-mapper device to make over it. With ``insert``, the data
+        path gets under the live device-mapper device of that name by itself, and there is no ``fd``.
+        """
+        fds = [one for one in (fd, saved_map) if one is not None]
+        # A data path that was started by an older service refuses what it does not know.
+        placed = {} if front == "nbd" else {"front": front, "top": top, "insert": insert}
         return _maps(
             await self._operations.request(
                 "origin.add",
@@ -258,6 +144,7 @@ class DatapathClient:
                 active=active,
                 read_only=read_only,
                 label=label,
+                **placed,
             )
         )
 
@@ -324,17 +211,26 @@ class DatapathClient:
         )
 
     async def snapshot_take(
-        self, snapshot: str, devices: Sequence[TakeDevice], timeout_ms: int = 10_000
+        self,
+        snapshot: str,
+        devices: Sequence[TakeDevice],
+        timeout_ms: int = 10_000,
+        mounts: Sequence[OwnedFd] = (),
     ) -> Taken:
-        """Take all ``devices`` at one instant. The maps in the reply are not kept: ask ``origin_maps``."""
+        """Take all ``devices`` at one instant. The maps in the reply are not kept: ask ``origin_maps``.
+
+        File systems ``mounts`` are open on are frozen around the instant; the descriptors are consumed.
+        """
         reply = await self._operations.request(
             "snapshot.take",
+            mounts,
             snapshot=snapshot,
             devices=[
                 {"origin": item.origin, "writable": item.writable, "next_generation": item.next_generation}
                 for item in devices
             ],
             timeout_ms=timeout_ms,
+            **({"freeze_fds": len(mounts)} if mounts else {}),
         )
         close_all(reply.fds)
         return Taken.parse(reply.ok)

@@ -8,13 +8,14 @@ keys are ignored, so an older service can read a newer data path. Sizes and offs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blksnap_service import errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+Front = Literal["nbd", "ublk"]
 OriginState = Literal["tracking", "broken"]
 SnapshotState = Literal["created", "taken", "failed"]
 
@@ -31,6 +32,10 @@ class Fields:
 
     def _wrong(self, key: str) -> errors.Failed:
         return errors.Failed(f"the data path sent a {self._what} without a valid {key!r}")
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is such a key: a data path that was started by an older service does not say everything."""
+        return key in self._source
 
     def number(self, key: str) -> int:
         """Return a non-negative integer."""
@@ -60,6 +65,10 @@ class Fields:
             raise self._wrong(key)
         return value
 
+    def object(self, key: str) -> Fields:
+        """Return an object."""
+        return Fields(self._source.get(key), f"{self._what}.{key}")
+
     def strings(self, key: str) -> tuple[str, ...]:
         """Return a list of strings as a tuple."""
         values = self.items(key)
@@ -74,6 +83,49 @@ class Fields:
             raise self._wrong(key)
         inner = Fields(value, f"{self._what}.{key}")
         return {name: inner.number(name) for name in value}
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """Whether the data path can use a part of the kernel, and why not."""
+
+    available: bool
+    reason: str
+
+    @classmethod
+    def parse(cls, fields: Fields, key: str) -> Ability:
+        """Parse one of those in ``hello``. Raises ``errors.Failed``."""
+        if key not in fields:
+            return cls(False, f"the data path that runs is older than this service and does not know {key}")
+        inner = fields.object(key)
+        return cls(inner.flag("available"), inner.text("reason"))
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What the data path says of itself."""
+
+    version: str
+    pid: int
+    ublk: Ability
+    dm: Ability
+
+    NOTHING: ClassVar[Hello]
+
+    @classmethod
+    def parse(cls, source: object) -> Hello:
+        """Parse the answer to ``hello``. Raises ``errors.Failed``."""
+        fields = Fields(source, "hello")
+        return cls(
+            version=fields.text("version"),
+            pid=fields.number("pid"),
+            ublk=Ability.parse(fields, "ublk"),
+            dm=Ability.parse(fields, "dm"),
+        )
+
+
+_UNHEARD = Ability(False, "the service is not connected to the data path")
+Hello.NOTHING = Hello("", 0, _UNHEARD, _UNHEARD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +154,21 @@ class OriginReading:
     clients: int
     snapshots: tuple[str, ...]
     counters: Mapping[str, int]
+    front: Front
+    node: str
+    """What to mount or use; empty for NBD."""
+    ublk_id: int
+    """-1 for NBD."""
+    top: str
+    """The device-mapper device the data path made on top, or empty."""
+    insert: str
+    """The live device-mapper device it was put under, or empty."""
 
     @classmethod
     def parse(cls, source: object) -> OriginReading:
         """Parse a READING. Raises ``errors.Failed``."""
         fields = Fields(source, "reading")
+        ublk = "front" in fields and fields.text("front") == "ublk"
         return cls(
             origin=fields.text("origin"),
             label=fields.text("label"),
@@ -130,6 +192,11 @@ class OriginReading:
             clients=fields.number("clients"),
             snapshots=fields.strings("snapshots"),
             counters=fields.counters("counters"),
+            front="ublk" if ublk else "nbd",
+            node=fields.text("node") if ublk else "",
+            ublk_id=fields.number("ublk_id") if ublk else -1,
+            top=fields.text("top") if ublk else "",
+            insert=fields.text("insert") if ublk else "",
         )
 
 
@@ -148,12 +215,13 @@ class ImageReading:
     error: str
     reset: str
     """Why this take began a new generation; empty when it did not, or in a SNAPSHOT, which does not say."""
+    path: str
+    """The image's block device; empty for NBD."""
 
     @classmethod
     def parse(cls, source: object) -> ImageReading:
         """Parse an image of a SNAPSHOT (with ``error``) or of a take (with ``reset``). Raises ``errors.Failed``."""
         fields = Fields(source, "image")
-        known: dict[object, object] = source if isinstance(source, dict) else {}
         return cls(
             origin=fields.text("origin"),
             size=fields.number("size"),
@@ -163,8 +231,9 @@ class ImageReading:
             oldest=fields.number("oldest"),
             writable=fields.flag("writable"),
             chunk_size=fields.number("chunk_size"),
-            error=fields.text("error") if "error" in known else "",
-            reset=fields.text("reset") if "reset" in known else "",
+            error=fields.text("error") if "error" in fields else "",
+            reset=fields.text("reset") if "reset" in fields else "",
+            path=fields.text("path") if "path" in fields else "",
         )
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from blksnap_service import errors
 from blksnap_service.datapath.client import DatapathClient
 from blksnap_service.datapath.framing import UNIX_PATH_MAX_BYTES
+from blksnap_service.datapath.model import Hello
 from blksnap_service.fds import OwnedFd
 
 if TYPE_CHECKING:
@@ -111,6 +112,11 @@ class Datapath:
         if self._client is None:
             raise errors.NotAvailable(self._trouble)
         return self._client
+
+    @property
+    def hello(self) -> Hello:
+        """What the data path said of itself when it was last asked."""
+        return Hello.NOTHING if self._client is None else self._client.hello
 
     async def stop_if_started_for_nothing(self) -> None:
         """End a data path that was started by this process and has nothing to serve; any other one goes on."""

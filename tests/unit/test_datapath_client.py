@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from blksnap_service import errors
-from blksnap_service.datapath.client import Connection, DatapathClient, Disconnected
+from blksnap_service.datapath.client import DatapathClient
+from blksnap_service.datapath.connection import Connection, Disconnected
 from blksnap_service.datapath.framing import MAX_LINE_BYTES, LineSocket
 from blksnap_service.datapath.model import Event, OriginReading
 from blksnap_service.fds import OwnedFd
@@ -344,7 +345,8 @@ async def test_an_error_for_a_line_that_could_not_be_read_reaches_who_sent_it(tm
     def serve() -> None:
         accepted, _ = listener.accept()
         with accepted, accepted.makefile("rb") as lines:
-            accepted.sendall(b'{"id": %d, "ok": {}}\n' % json.loads(lines.readline())["id"])
+            number = json.loads(lines.readline())["id"]
+            accepted.sendall(b'{"id": %d, "ok": {"version": "0", "pid": 1}}\n' % number)
             lines.readline()
             accepted.sendall(b'{"id": null, "error": {"code": "bad-request", "message": "unreadable"}}\n')
             lines.readline()

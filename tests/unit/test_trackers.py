@@ -12,6 +12,7 @@ import pytest
 
 from blksnap_service import errors
 from blksnap_service.cbt import View
+from blksnap_service.savedmaps import ClaimedMap, Fingerprint
 from tests.unit.fakes.datapath import FakeDatapath, Refusal
 from tests.unit.fakes.service import BLOCK, MIB, Running, only, take
 
@@ -50,7 +51,7 @@ async def test_a_device_is_tracked_once(rig: Running) -> None:
 
 async def test_an_unknown_backend_is_refused(rig: Running) -> None:
     """With those there are."""
-    with pytest.raises(errors.InvalidArgument, match="there is: nbd"):
+    with pytest.raises(errors.InvalidArgument, match="there is: blkfilter, ublk, nbd, bpf"):
         await rig.service.registry.attach(await rig.image(), owner_uid=0, backend="magic")
 
 
@@ -136,20 +137,19 @@ async def test_a_write_in_between_starts_a_generation(rig: Running) -> None:
 
 
 async def test_a_saved_map_the_data_path_refuses_starts_a_generation(
-    rig: Running, fake: FakeDatapath
+    rig: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One more check than the checksum; tracking begins all the same."""
     device = await rig.tracked()
     await rig.service.detach(device, force=False)
-    maps = rig.service._backends["nbd"]._maps  # type: ignore[attr-defined]
-    claim = maps.claim
+    claim = rig.catalogue.maps.claim
 
-    def wrong(*arguments: object) -> object:
-        claimed = claim(*arguments)
+    def wrong(name: str, fingerprint: Fingerprint, block_size: int) -> ClaimedMap:
+        claimed = claim(name, fingerprint, block_size)
         os.pwrite(claimed.data.fileno(), b"\xff", 0)
         return claimed
 
-    maps.claim = wrong
+    monkeypatch.setattr(rig.catalogue.maps, "claim", wrong)
     await rig.service.registry.attach(device, owner_uid=0)
     assert "the map to go on from was refused" in only(rig).entry.last_reset
 
@@ -183,7 +183,7 @@ async def test_a_map_that_cannot_be_saved_does_not_stop_the_detach(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rig.service._backends["nbd"]._maps, "save", full)  # type: ignore[attr-defined]
+    monkeypatch.setattr(rig.catalogue.maps, "save", full)
     await rig.service.detach(device, force=False)
     assert "could not be saved: no space left on device" in caplog.text
     await rig.service.registry.attach(device, owner_uid=0)

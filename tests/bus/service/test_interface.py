@@ -95,8 +95,8 @@ async def test_errors_say_what_is_wrong(user: Client, image: Path, directory: Pa
         await user.call(device, DEVICE, "Attach", "", block_size=("u", 0))
     with refused("InvalidArgument", "must have type u"):
         await user.call(device, DEVICE, "Attach", "", block_size=("s", "big"))
-    with refused("InvalidArgument", "there is: nbd"):
-        await user.call(device, DEVICE, "Attach", "", backend=("s", "bpf"))
+    with refused("InvalidArgument", "there is: blkfilter, ublk, nbd, bpf"):
+        await user.call(device, DEVICE, "Attach", "", backend=("s", "magic"))
     await user.call(device, DEVICE, "Attach", "", backend=("s", "nbd"), block_size=("u", 4096))
     with refused("AlreadyTracked"):
         await user.call(device, DEVICE, "Attach", "")
@@ -114,7 +114,7 @@ async def test_errors_say_what_is_wrong(user: Client, image: Path, directory: Pa
     (picture,) = await user.get(snapshot, SNAPSHOT, "Images")
     with refused("NotSupported", "use Export"):
         await user.call(picture, IMAGE, "Open", "")
-    with refused("Busy", "destroy them first"):
+    with refused("Busy", "destroy that first"):
         await user.call(device, DEVICE, "Detach", "")
     with refused("InvalidState", "only once"):
         await user.call(snapshot, SNAPSHOT, "Take", "")

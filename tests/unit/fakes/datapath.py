@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A data path that serves no I/O: its control protocol over a real socket, its maps by the rules of ``changemap``.
+"""A data path that serves no I/O: its operations, and its maps by the rules of ``changemap``; the socket is ``control``'s.
 
 For what the real one cannot be made to do at a given moment: refuse, answer late or wrong, vanish. Tests with the real
 one are in tests/bus/test_service_process.py and tests/nbd.
@@ -7,15 +7,11 @@ one are in tests/bus/test_service_process.py and tests/nbd.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import fcntl
-import json
 import os
-import socket
 import stat
 import struct
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,14 +21,9 @@ from typing import Any
 
 from blksnap_service.cbt import GenerationId, Geometry, Number, Numbers, Reading, View
 from blksnap_service.changemap import ChangeMap
+from tests.unit.fakes.control import ControlServer, Refusal
 
-
-class Refusal(Exception):
-    """Raised to answer a request with an error."""
-
-    def __init__(self, code: str, message: str, **more: object) -> None:
-        super().__init__(message)
-        self.answer = {"code": code, "message": message, **more}
+__all__ = ["FakeDatapath", "Refusal", "running"]
 
 
 @dataclass
@@ -54,6 +45,10 @@ class Origin:
     state: str = "tracking"
     reason: str = ""
     takes: int = 0
+    front: str = "nbd"
+    top: str = ""
+    insert: str = ""
+    ublk_id: int = -1
     counters: dict[str, int] = field(default_factory=lambda: {"writes": 0, "marks": 0})
 
     def close(self) -> None:
@@ -78,63 +73,31 @@ class Snapshot:
     images: list[dict[str, Any]] = field(default_factory=list)
 
 
-class FakeDatapath:
-    """Listens on ``DIR/datapath.sock`` in threads of its own, as the data path does in a process."""
+class FakeDatapath(ControlServer):
+    """Keeps origins and snapshots; everything a test may want to make true is an attribute."""
 
     def __init__(self, runtime_dir: Path) -> None:
-        self.runtime_dir = runtime_dir
         self.origins: dict[str, Origin] = {}
         self.snapshots: dict[str, Snapshot] = {}
-        self.requests: list[dict[str, Any]] = []
-        self.refuse: dict[str, Refusal] = {}
-        """What to answer to an operation, until it is taken out."""
-        self.hold: dict[str, threading.Event] = {}
-        """Operations that are answered only when the event is set."""
         self.bypassed: dict[str, str] = {}
         """Origins whose generation ends with the next take, and why."""
-        self._lock = threading.Lock()
-        self._connections: list[socket.socket] = []
-        self._subscribed: list[socket.socket] = []
-        runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX)
-        with contextlib.suppress(FileNotFoundError):
-            (runtime_dir / "datapath.sock").unlink()
-        self._listener.bind(str(runtime_dir / "datapath.sock"))
-        self._listener.listen()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        self.abilities: dict[str, tuple[bool, str]] = {"ublk": (True, ""), "dm": (True, "")}
+        """What ``hello`` says of parts of the kernel: available, reason."""
+        self.live: dict[str, int] = {}
+        """Sizes of live device-mapper devices one can get under."""
+        self.frozen: list[str] = []
+        """What the descriptors of the last take were open on."""
+        super().__init__(runtime_dir)
 
     def close(self) -> None:
         """Vanish, as a killed process does: connections end, files are closed."""
-        for event in self.hold.values():
-            event.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.drop_connections()
-        for thread in self._threads:
-            thread.join()
+        super().close()
         for origin in self.origins.values():
             origin.close()
         for snapshot in self.snapshots.values():
             os.close(snapshot.fd)
         self.origins.clear()
         self.snapshots.clear()
-
-    def drop_connections(self) -> None:
-        """End all connections; new ones are accepted."""
-        with self._lock:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-            self._connections.clear()
-            self._subscribed.clear()
-
-    def tell(self, **event: object) -> None:
-        """Send an event to all who subscribed."""
-        with self._lock:
-            for connection in self._subscribed:
-                connection.sendall(json.dumps(event).encode() + b"\n")
 
     def write(self, origin: str, offset: int, length: int) -> None:
         """Do to the map what a client's write does."""
@@ -163,70 +126,16 @@ class FakeDatapath:
         one.state, one.error, one.errno = "failed", message, errno
         self.tell(event="snapshot.failed", snapshot=snapshot, origin=origin, errno=errno, message=message)
 
-    # Connections.
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with self._lock:
-                self._connections.append(connection)
-            thread = threading.Thread(target=self._serve, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            buffer, fds = b"", list[int]()
-            while True:
-                data, new, _, _ = socket.recv_fds(connection, 65_536, 8)
-                fds += new
-                if not data:
-                    break
-                buffer += data
-                while b"\n" in buffer:
-                    line, _, buffer = buffer.partition(b"\n")
-                    self._answer(connection, json.loads(line), fds)
-        for fd in fds:
-            os.close(fd)
-
-    def _answer(self, connection: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
-        mine = [fds.pop(0) for _ in range(request.pop("fds", 0))]
-        number, op = request.pop("id"), request.pop("op")
-        self.requests.append({"op": op, **request})
-        if op in self.hold:
-            self.hold[op].wait()
-        answer: dict[str, Any] = {"id": number}
-        out: list[int] = []
-        try:
-            if op in self.refuse:
-                raise self.refuse[op]
-            if op == "subscribe":
-                with self._lock:
-                    self._subscribed.append(connection)
-            handler = getattr(self, "_" + op.replace(".", "_").replace("-", "_"))
-            with self._lock:
-                answer["ok"], out = handler(mine, **request)
-        except Refusal as refusal:
-            answer["error"] = refusal.answer
-        finally:
-            for fd in mine:
-                os.close(fd)
-        if out:
-            answer["fds"] = len(out)
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", out))] if out else []
-        connection.sendmsg([json.dumps(answer).encode() + b"\n"], ancillary)
-        for fd in out:
-            os.close(fd)
-
     # Operations; each returns what is "ok" and the descriptors that go with it.
 
     def _hello(self, _fds: list[int], protocol: int) -> tuple[Any, list[int]]:
         if protocol != 1:
             raise Refusal("protocol", f"protocol {protocol} is not spoken here")
-        return {"protocol": 1, "version": "fake", "pid": os.getpid(), "features": ["nbd"]}, []
+        abilities = {
+            name: {"available": available, "reason": reason}
+            for name, (available, reason) in self.abilities.items()
+        }
+        return {"protocol": 1, "version": "fake", "pid": os.getpid(), "features": ["nbd"], **abilities}, []
 
     def _subscribe(self, _fds: list[int]) -> tuple[Any, list[int]]:
         return {}, []
@@ -247,7 +156,12 @@ class FakeDatapath:
         active: int,
         read_only: bool,
         label: str,
+        front: str = "nbd",
+        top: str = "",
+        insert: str = "",
     ) -> tuple[Any, list[int]]:
+        if insert:
+            fds.insert(0, _memory(bytes(self.live[insert])))
         status = os.fstat(fds[0])
         identity = (status.st_dev, status.st_ino)
         if origin in self.origins or any(one.identity == identity for one in self.origins.values()):
@@ -269,6 +183,10 @@ class FakeDatapath:
             live=_memory(kept.read(View.LIVE).data),
             page=_memory(bytes(4096)),
             epoch=(kept.generation, kept.numbers.base),
+            front=front,
+            top=top,
+            insert=insert,
+            ublk_id=len(self.origins) if front == "ublk" else -1,
         )
         return self._reading(origin), self._maps(origin)
 
@@ -314,11 +232,18 @@ class FakeDatapath:
         return self._snapshot(snapshot), []
 
     def _snapshot_take(
-        self, _fds: list[int], snapshot: str, devices: list[dict[str, Any]], timeout_ms: int
+        self,
+        _fds: list[int],
+        snapshot: str,
+        devices: list[dict[str, Any]],
+        timeout_ms: int,
+        freeze_fds: int = 0,
     ) -> tuple[Any, list[int]]:
         one, out, images = self._held_snapshot(snapshot), list[int](), []
         for device in devices:
             self._origin(device["origin"])
+        assert len(_fds) == freeze_fds
+        self.frozen = [str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in _fds]
         for device in devices:
             name = device["origin"]
             origin, reset = self.origins[name], self.bypassed.pop(name, "")
@@ -345,10 +270,19 @@ class FakeDatapath:
         one.state, one.taken_at = "taken", time.time_ns() // 1000
         hidden = ("chunk_count", "reset")
         one.images = [
-            {key: value for key, value in image.items() if key not in hidden} | {"error": ""}
+            {key: value for key, value in image.items() if key not in hidden}
+            | {"error": "", "path": self._image_path(image["origin"])}
             for image in images
         ]
         return {"taken_at": one.taken_at, "images": images}, out
+
+    def _image_path(self, origin: str) -> str:
+        """Make something for an image's device: a file, of which a test knows the name."""
+        if self.origins[origin].front == "nbd":
+            return ""
+        path = self.runtime_dir / f"ublkb-image-{len(list(self.runtime_dir.glob('ublkb-image-*')))}"
+        path.write_bytes(b"as it was")
+        return str(path)
 
     def _snapshot_info(self, _fds: list[int], snapshot: str) -> tuple[Any, list[int]]:
         return self._snapshot(snapshot), []
@@ -389,7 +323,7 @@ class FakeDatapath:
         return {
             "origin": origin,
             "label": one.label,
-            "kind": "file",
+            "kind": "file" if one.front == "nbd" else "block",
             "state": one.state,
             "reason": one.reason,
             "size": geometry.size,
@@ -409,7 +343,18 @@ class FakeDatapath:
             "clients": one.clients,
             "snapshots": self._held(origin),
             "counters": one.counters,
+            "front": one.front,
+            "node": self._node(one),
+            "ublk_id": one.ublk_id,
+            "top": one.top,
+            "insert": one.insert,
         }
+
+    def _node(self, one: Origin) -> str:
+        if one.front == "nbd":
+            return ""
+        name = one.insert or one.top
+        return f"/dev/mapper/{name}" if name else f"/dev/ublkb{one.ublk_id}"
 
     def _snapshot(self, snapshot: str) -> dict[str, Any]:
         one = self._held_snapshot(snapshot)

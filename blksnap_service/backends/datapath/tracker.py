@@ -8,18 +8,24 @@ import os
 from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
-from blksnap_service.backends.nbd.remains import Remains
+from blksnap_service import sysblock
+from blksnap_service.backends.datapath.remains import Remains
 from blksnap_service.cbt import View
 from blksnap_service.datapath.client import DatapathClient, OriginMaps
 from blksnap_service.datapath.model import OriginReading
 from blksnap_service.fds import OwnedFd
 from blksnap_service.storage import Identity
-from blksnap_service.tracker import OpenMap, TrackerReading
+from blksnap_service.tracker import OpenMap, Placement, TrackerReading
 
 
 def nbd_uri(socket: str, export: str = "") -> str:
     """Return the URI of an export on a unix socket (the NBD URI specification)."""
     return f"nbd+unix:///{quote(export, safe='')}?socket={quote(os.fsencode(socket), safe='/')}"
+
+
+def below_name(live: str) -> str:
+    """Return the name of the device-mapper device that has the table ``live`` had before a tracker got under it."""
+    return f"{live}-blksnap"
 
 
 def tracker_reading(reading: OriginReading) -> TrackerReading:
@@ -40,10 +46,9 @@ def tracker_reading(reading: OriginReading) -> TrackerReading:
     )
 
 
-class NbdTracker:
+class DatapathTracker:
     """Asks the data path every time; keeps the last reading, for properties, and what a killed data path leaves behind."""
 
-    backend = "nbd"
     map_is_live = True
 
     def __init__(
@@ -51,12 +56,22 @@ class NbdTracker:
     ) -> None:
         """Speak for the origin of ``reading``, which is the open file or device ``identity``."""
         self._client = client
+        self.backend = reading.front
         self.origin = reading.origin
         self.identity = identity
-        self.node = nbd_uri(reading.nbd_socket)
-        self.last = tracker_reading(reading)
+        self.placement = Placement()
+        self.devices = frozenset({identity})
         self.remains: Remains | None = None
         self._closed = False
+        self._note(reading)
+
+    def _note(self, reading: OriginReading) -> TrackerReading:
+        self.last = tracker_reading(reading)
+        self.node = reading.node or nbd_uri(reading.nbd_socket)
+        placement = Placement(reading.top, reading.insert, reading.ublk_id)
+        if placement != self.placement:
+            self.placement, self.devices = placement, _devices(self.identity, placement)
+        return self.last
 
     def close(self) -> None:
         """Close what is held for the case that the data path ends."""
@@ -88,8 +103,7 @@ class NbdTracker:
             with await self._client().origin_maps(self.origin) as maps:
                 self.hold(maps)
                 reading = maps.reading
-        self.last = tracker_reading(reading)
-        return self.last
+        return self._note(reading)
 
     async def open_map(self, view: View) -> OpenMap:
         """Open a map: the memory file itself, read-only and sealed, with the reading from the same reply.
@@ -115,3 +129,15 @@ class NbdTracker:
     async def mark_all(self) -> None:
         """Mark everything."""
         await self._client().origin_mark_all(self.origin)
+
+
+def _devices(identity: Identity, placement: Placement) -> frozenset[Identity]:
+    """Return the origin, the node, and what lies between."""
+    numbers = set[int]()
+    if placement.ublk_id >= 0:
+        numbers.add(sysblock.ublk_number(placement.ublk_id))
+    if placement.top:
+        numbers.add(sysblock.dm_number(placement.top))
+    if placement.insert:
+        numbers.add(sysblock.dm_number(below_name(placement.insert)))
+    return frozenset({identity, *(Identity(number, 0) for number in numbers if number)})

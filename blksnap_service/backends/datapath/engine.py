@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The data path's snapshots as an ``engines.SnapshotEngine``: images are NBD exports on the socket of their origin."""
+"""The data path's snapshots as an ``engines.SnapshotEngine``, of origins of any front end together.
+
+Images of ublk origins are block devices, the others are NBD exports on the socket of their origin.
+"""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
 
-from blksnap_service.backends.nbd.tracker import nbd_uri
+from blksnap_service.backends.datapath.mounts import open_mounts
+from blksnap_service.backends.datapath.tracker import nbd_uri
 from blksnap_service.datapath.client import TakeDevice
 from blksnap_service.datapath.model import SnapshotReading
 from blksnap_service.datapath.process import Datapath
@@ -34,9 +38,16 @@ class DatapathEngine:
         return self._status(reading)
 
     async def take(self, snapshot: str, origins: Sequence[str]) -> Mapping[str, str]:
-        """Take all at one instant. Raises ``errors.TimedOut`` when writes in flight do not end."""
+        """Take all at one instant. Raises ``errors.TimedOut`` when writes in flight do not end.
+
+        File systems are frozen around it: those right on a device-mapper device of the data path's by that, the others
+        by a descriptor.
+        """
+        client = self._datapath.client
         devices = [TakeDevice(origin, str(uuid.uuid4())) for origin in origins]
-        taken = await self._datapath.client.snapshot_take(snapshot, devices, TAKE_TIMEOUT_MS)
+        readings = [await client.origin_info(origin) for origin in origins]
+        mounts = await open_mounts(readings)
+        taken = await client.snapshot_take(snapshot, devices, TAKE_TIMEOUT_MS, mounts)
         return {image.origin: image.reset for image in taken.images if image.reset}
 
     async def status(self, snapshot: str) -> SnapshotStatus:
@@ -69,8 +80,10 @@ class DatapathEngine:
                     number=image.number,
                     read_only=not image.writable,
                     error=image.error,
-                    path="",
-                    uri=nbd_uri(str(self._datapath.origin_socket(image.origin)), reading.snapshot),
+                    path=image.path,
+                    uri=""
+                    if image.path
+                    else nbd_uri(str(self._datapath.origin_socket(image.origin)), reading.snapshot),
                 )
                 for image in reading.images
             ),

@@ -13,7 +13,7 @@ import struct
 import uuid
 from dataclasses import dataclass
 
-from blksnap_service.backends.nbd.origin import Origin, fingerprint_of
+from blksnap_service.backends.datapath.origin import Origin, fingerprint_of
 from blksnap_service.datapath.client import OriginMaps
 from blksnap_service.datapath.model import OriginReading
 from blksnap_service.fds import OwnedFd, close_all

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What keeps a block device from being opened exclusively, in words for the one who wanted to.
+
+The kernel only says EBUSY. What is said here is looked up afterwards, in this mount namespace, so it can miss the one who
+was in the way but never names one who is not there. All functions block shortly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blksnap_service import sysblock
+from blksnap_service.udev import mount_points
+
+_SWAPS = Path("/proc/swaps")
+
+
+def describe(number: int) -> str:
+    """Return what uses a device, as the end of a sentence about it."""
+    mounts = mount_points()
+    for device in (number, *sysblock.partitions(number)):
+        if targets := mounts.get(device):
+            where = "it is" if device == number else f"its partition {sysblock.kernel_name(device)} is"
+            return f"{where} mounted on {', '.join(targets)}"
+        if _is_swap(device):
+            where = "it" if device == number else f"its partition {sysblock.kernel_name(device)}"
+            return f"{where} is used as swap space"
+        if held := sysblock.holders(device):
+            return f"it belongs to {', '.join(_shown(holder) for holder in held)}"
+    return "another program uses it, or it is mounted where this service does not see it"
+
+
+def _shown(number: int) -> str:
+    name = sysblock.dm_name(number)
+    return f"/dev/mapper/{name}" if name else f"/dev/{sysblock.kernel_name(number)}"
+
+
+def _is_swap(number: int) -> bool:
+    try:
+        lines = _SWAPS.read_text(errors="replace").splitlines()[1:]
+    except OSError:
+        return False
+    for line in lines:
+        try:
+            if Path(line.split()[0]).stat().st_rdev == number:
+                return True
+        except (OSError, IndexError):
+            continue
+    return False
