@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blksnap_service import errors
-from blksnap_service.backends.datapath import mounts
+from blksnap_service.backends.datapath import freeze
 from blksnap_service.devices import Device
 from blksnap_service.snapshot import Request
 from blksnap_service.storage import Identity
@@ -94,6 +94,12 @@ async def test_a_free_logical_volume_gets_one_on_top(rig: Running, machine: Mach
     """Named as it is, not as its number."""
     tracked = await attached(rig, machine.dm("vg-data one"))
     assert tracked.tracker.placement.top == "blksnap-vg-data_one"
+
+
+async def test_a_record_for_every_boot_names_the_node(rig: Running, machine: Machine) -> None:
+    """The kernel's name may be another one next time."""
+    tracked = await attached(rig, replace(machine.disk("sdb"), node_name="data"))
+    assert tracked.tracker.node == "/dev/mapper/blksnap-data"
 
 
 @pytest.mark.parametrize("backend", ["", "ublk"])
@@ -212,13 +218,13 @@ async def test_a_detach_says_where_the_node_is_mounted(
 async def test_a_set_may_have_origins_of_both_kinds(
     rig: Running, fake: FakeDatapath, machine: Machine
 ) -> None:
-    """One take; the image of one is a block device, that of the other an export."""
+    """One take; both images are exports, that of the block device is a block device too."""
     device, image = machine.disk("sdb"), await rig.tracked()
     await attached(rig, device)
     snapshot = await rig.service.snapshots.create([device, image], MINE)
     block, export = snapshot.status.images
-    assert (bool(block.path), block.uri) == (True, "")
-    assert (export.path, bool(export.uri)) == ("", True)
+    assert (bool(block.path), export.path) == (True, "")
+    assert all(snapshot.id in one.uri for one in (block, export))
     assert sum(one["op"] == "snapshot.take" for one in fake.requests) == 1
 
 
@@ -253,7 +259,7 @@ async def test_a_mount_point_that_hangs_delays_a_take_only_so_long(
     await attached(rig, device)
     await rig.service.snapshots.create([device], MINE)
     assert fake.frozen == []
-    monkeypatch.setattr(mounts, "OPEN_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(freeze, "OPEN_TIMEOUT_S", 0.0)
     await rig.service.snapshots.create([device], MINE)
     assert fake.frozen == []
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The data path's snapshots as an ``engines.SnapshotEngine``, of origins of any front end together.
 
-Images of ublk origins are block devices, the others are NBD exports on the socket of their origin.
+Images are NBD exports on the socket of their origin; those of ublk origins are block devices too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 
-from blksnap_service.backends.datapath.mounts import open_mounts
+from blksnap_service.backends.datapath.freeze import open_mounts
 from blksnap_service.backends.datapath.tracker import nbd_uri
 from blksnap_service.datapath.client import TakeDevice
 from blksnap_service.datapath.model import SnapshotReading
@@ -81,9 +81,7 @@ class DatapathEngine:
                     read_only=not image.writable,
                     error=image.error,
                     path=image.path,
-                    uri=""
-                    if image.path
-                    else nbd_uri(str(self._datapath.origin_socket(image.origin)), reading.snapshot),
+                    uri=nbd_uri(str(self._datapath.origin_socket(image.origin)), reading.snapshot),
                 )
                 for image in reading.images
             ),

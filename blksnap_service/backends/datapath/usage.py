@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blksnap_service import sysblock
-from blksnap_service.udev import mount_points
+from blksnap_service.mounts import mount_points
 
 _SWAPS = Path("/proc/swaps")
 

@@ -51,7 +51,9 @@ class UblkBackend(DatapathBackend):
         reason = "it is read-only" if device.read_only else sysblock.unsupported(device.number)
         if reason:
             return errors.NotSupported(f"{device.path} cannot be tracked by ublk: {reason}")
-        if (device.mount_points or sysblock.holders(device.number)) and not self._can_insert(device):
+        # Where a node of its own is mounted is listed with a device too.
+        mounted = device.mount_points and not device.nodes
+        if (mounted or sysblock.holders(device.number)) and not self._can_insert(device):
             return _busy(device)
         return None
 
@@ -92,7 +94,7 @@ def top_name(device: Device) -> str:
 
     Only with characters udev leaves as they are in ``/dev/mapper`` (libdevmapper, DM_STRING_MANGLING_AUTO).
     """
-    name = sysblock.dm_name(device.number) or sysblock.kernel_name(device.number)
+    name = device.node_name or sysblock.dm_name(device.number) or sysblock.kernel_name(device.number)
     return "blksnap-" + re.sub(r"[^A-Za-z0-9#+.:=@_-]", "_", name)[:_NAME_MAX]
 
 

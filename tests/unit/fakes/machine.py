@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from blksnap_service import errors, sysblock
-from blksnap_service.backends.datapath import mounts, usage
+from blksnap_service.backends.datapath import freeze, usage
 from blksnap_service.backends.datapath.origin import Origin, open_origin
 from blksnap_service.backends.nbd import backend as nbd
 from blksnap_service.backends.ublk import backend as ublk
@@ -37,7 +37,7 @@ class Machine:
         self._minor = 0
         patch.setattr(sysblock, "_SYS", self.sys)
         patch.setattr(usage, "_SWAPS", self.swaps)
-        for module in (usage, mounts):
+        for module in (usage, freeze):
             patch.setattr(module, "mount_points", self._mount_points)
         for module in (ublk, nbd):
             patch.setattr(module, "open_origin", self._open_origin)

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from blksnap_service import sysblock
 from blksnap_service.datapath.model import OriginReading
 from blksnap_service.fds import OwnedFd
-from blksnap_service.udev import mount_points
+from blksnap_service.mounts import mount_points
 
 _log = logging.getLogger(__name__)
 
