@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
-`make bench` or `python -m bench [PART…]`: measure, print a table, say which bars are met.
+`make bench` or `python -m bench [PART…]`: measure, print the table of docs/performance.md, say which bars are met.
 
 Everything it makes is in one directory that is removed at the end, with every process ended. The status is 0 when all
 bars are met, 1 when one is missed, 2 when it could not measure.
@@ -24,7 +24,7 @@ from bench.firsttouch import first_touch
 from bench.maps import maps
 from bench.nbd import nbd
 from bench.processes import Gone
-from bench.report import Figure, as_json, surroundings, table
+from bench.report import Figure, as_json, document, surroundings
 from bench.service import service
 from blksnap_service.datapath.process import find_binary
 from blksnap_service.errors import BlksnapError
@@ -49,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DemoError, Gone, BlksnapError, ClientError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    print("\n".join(f"{name}: {value}" for name, value in around.items()))
-    print()
-    print(table(figures))
+    print(document(figures, around))
     if options.json:
         options.json.write_text(json.dumps(as_json(figures, around), indent=1, ensure_ascii=False) + "\n")
     missed = [figure for figure in figures if figure.met is False]

@@ -34,13 +34,13 @@ async def datapath_memory(binary: Path, directory: Path) -> list[Figure]:
     image = directory / "sparse"
     with image.open("wb") as file:
         file.truncate(_ORIGIN_BYTES)
-    async with datapath(binary, directory / "mem", image) as tracked:
-        blocks = (await tracked.client.origin_info(ORIGIN)).block_count
-        await tracked.client.origin_mark_all(ORIGIN)  # every page of both maps is there
-        idle = memory(tracked.server.pid)
+    async with datapath(binary, directory / "mem") as path, path.serving(image) as server:
+        blocks = (await path.client.origin_info(ORIGIN)).block_count
+        await path.client.origin_mark_all(ORIGIN)  # every page of both maps is there
+        idle = memory(path.pid)
         for load in _LOADS:
-            await _load(tracked.server, load)
-        busy = memory(tracked.server.pid)
+            await _load(server, load)
+        busy = memory(path.pid)
     image.unlink()
     fixed = _FIXED_BYTES + _MAPS_PER_BLOCK * blocks
     part = f"data path: resident memory, 1 TiB, {blocks} blocks"

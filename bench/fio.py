@@ -41,6 +41,15 @@ class Slot:
     """Share of the machine's processor time that neither fio nor the server used: 0 alone, 1 all of it."""
 
 
+def together(*slots: Slot) -> Slot:
+    """Several runs of one load against one server as if they were one."""
+    return Slot(
+        len(slots) / sum(1 / slot.requests_per_s for slot in slots),
+        sum(slot.cpu_us for slot in slots) / len(slots),
+        max(slot.others for slot in slots),
+    )
+
+
 async def measure(server: Server, load: Load, size: int, seed: int) -> Slot:
     """
     Run a load over the first `size` bytes of a server's export.

@@ -17,8 +17,8 @@ from pathlib import Path
 from bench.fio import Load, Slot, measure
 from bench.nbd import make_image
 from bench.report import Figure, Spread, ratios
-from bench.servers import ORIGIN, TrackedServer, datapath
-from blksnap_service.datapath.client import TakeDevice
+from bench.servers import ORIGIN, Server, datapath
+from blksnap_service.datapath.client import DatapathClient, TakeDevice
 from blksnap_service.fds import OwnedFd
 from demo.programs import DemoError
 
@@ -41,9 +41,9 @@ async def first_touch(binary: Path, directory: Path, rounds: int) -> list[Figure
     image = make_image(directory / "image", FILE_BYTES)
     plain: list[Slot] = []
     touched: list[Slot] = []
-    async with datapath(binary, directory / "cow", image) as tracked:
+    async with datapath(binary, directory / "cow") as path, path.serving(image) as server:
         for number in range(-1, rounds):
-            pair = await _pair(tracked, directory, number + 1)
+            pair = await _pair(path.client, server, directory, number + 1)
             if number >= 0:
                 plain.append(pair[0])
                 touched.append(pair[1])
@@ -51,22 +51,22 @@ async def first_touch(binary: Path, directory: Path, rounds: int) -> list[Figure
     return _figures(plain, touched)
 
 
-async def _pair(tracked: TrackedServer, directory: Path, seed: int) -> tuple[Slot, Slot]:
+async def _pair(client: DatapathClient, server: Server, directory: Path, seed: int) -> tuple[Slot, Slot]:
     """The same writes without and with a snapshot that has not kept any chunk yet."""
-    plain = await measure(tracked.server, _LOAD, FILE_BYTES, seed)
+    plain = await measure(server, _LOAD, FILE_BYTES, seed)
     snapshot = str(uuid.uuid4())
     storage = OwnedFd(os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600))
-    await tracked.client.snapshot_create(
+    await client.snapshot_create(
         snapshot, storage, limit=_STORAGE_LIMIT, chunk_size=_CHUNK_BYTES, step=FILE_BYTES
     )
-    await tracked.client.snapshot_take(snapshot, [TakeDevice(ORIGIN, str(uuid.uuid4()))])
-    before = (await tracked.client.origin_info(ORIGIN)).counters["copies"]
-    touched = await measure(tracked.server, _LOAD, FILE_BYTES, seed)
-    copies = (await tracked.client.origin_info(ORIGIN)).counters["copies"] - before
-    state = await tracked.client.snapshot_info(snapshot)
+    await client.snapshot_take(snapshot, [TakeDevice(ORIGIN, str(uuid.uuid4()))])
+    before = (await client.origin_info(ORIGIN)).counters["copies"]
+    touched = await measure(server, _LOAD, FILE_BYTES, seed)
+    copies = (await client.origin_info(ORIGIN)).counters["copies"] - before
+    state = await client.snapshot_info(snapshot)
     if copies != _CHUNKS or state.state != "taken":
         raise DemoError(f"{copies} of {_CHUNKS} chunks were kept ({state.state}: {state.error})")
-    await tracked.client.snapshot_destroy(snapshot)
+    await client.snapshot_destroy(snapshot)
     return plain, touched
 
 

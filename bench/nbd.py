@@ -2,31 +2,31 @@
 """
 Serving an image file over NBD: tracking on against tracking off, and against `nbdkit file`.
 
-Many short runs, interleaved: each round gives every server one run of each load, in all orders by turns, on files that
-change hands. Every run has a server process of its own, so that one process with its memory laid out badly does not
-decide. Compared are the runs of one round. A round in which other programs used the machine is done again.
+All over one and the same file: what the page cache keeps a file in depends on how and when it was written, and decides
+more than any tracking does. On and off are one data path, to which the file is attached for each run and detached.
+A round gives every server two short runs, there and back (on, off, nbdkit, nbdkit, off, on), in all orders by turns:
+what drifts meets all alike. Compared are the runs of one round. A round in which other programs used the machine is
+done again. The next round has processes of its own, so that one with its memory laid out badly does not decide.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.fio import Load, Slot, measure
+from bench.fio import Load, Slot, measure, together
 from bench.processes import Gone
 from bench.report import Bar, Figure, Sense, Spread, ratios
-from bench.servers import Server, datapath, nbdkit
+from bench.servers import Datapath, datapath, nbdkit
 from demo.programs import DemoError
 
 FILE_BYTES = 256 << 20
 SMALL_FOLIO_BYTES, LARGE_FOLIO_BYTES = 4096, 1 << 20
 """What an image is written in decides what the page cache keeps it in (ext4 since 6.16, XFS since 5.18)."""
 ON, OFF, NBDKIT = "on", "off", "nbdkit"
-SERVERS = (ON, OFF, NBDKIT)
-ORDERS = tuple(itertools.permutations(range(len(SERVERS))))
+ORDERS = tuple(itertools.permutations((ON, OFF, NBDKIT)))
 _ATTEMPTS = 5
 _OTHERS_MOST = 0.15
 _LABELS = ((ON, "tracking on"), (OFF, "tracking off"), (NBDKIT, "nbdkit file"))
@@ -34,7 +34,7 @@ _LABELS = ((ON, "tracking on"), (OFF, "tracking off"), (NBDKIT, "nbdkit file"))
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A load on images that were written in one way."""
+    """A load on an image that was written in one way."""
 
     load: Load
     folio_bytes: int = SMALL_FOLIO_BYTES
@@ -63,11 +63,11 @@ _Round = dict[str, Slot]
 class Comparison:
     """One case, round by round."""
 
-    def __init__(self, case: Case, binary: Path, directory: Path, images: Sequence[Path]) -> None:
+    def __init__(self, case: Case, binary: Path, directory: Path, image: Path) -> None:
         self.case = case
         self._binary = binary
         self._directory = directory
-        self._images = images
+        self._image = image
         self._rounds: list[_Round] = []
 
     async def warm(self) -> None:
@@ -84,30 +84,31 @@ class Comparison:
         self._rounds.append(min(attempts, key=_disturbance))
 
     async def _round(self, number: int) -> _Round:
-        done = {}
-        for index in ORDERS[number % len(ORDERS)]:
-            # The servers meet every file, and every order with every file.
-            image = self._images[(index + number + number // len(ORDERS)) % len(self._images)]
-            done[SERVERS[index]] = await self._run(SERVERS[index], image, number)
-        return done
+        there = ORDERS[number % len(ORDERS)]
+        async with datapath(self._binary, self._directory / "nbd") as path:
+            slots = [(name, await self._run(name, path, number)) for name in (*there, *reversed(there))]
+        return {name: together(*(slot for whose, slot in slots if whose == name)) for name in there}
 
-    async def _run(self, name: str, image: Path, seed: int) -> Slot:
-        """One run. It is repeated when the server does not live to its end.
+    async def _run(self, name: str, path: Datapath, seed: int) -> Slot:
+        """One run. That of nbdkit is repeated when it does not live to its end.
 
         nbdkit 1.32 aborts now and then when a client leaves (`raw_send_socket: Assertion`): its processor time is then lost.
         """
+        if name != NBDKIT:
+            async with path.serving(self._image, tracking=name == ON) as server:
+                return await measure(server, self.case.load, FILE_BYTES, seed)
         for _ in range(_ATTEMPTS):
             with contextlib.suppress(Gone):
-                async with _server(name, self._binary, self._directory, image) as server:
+                async with nbdkit(self._directory / NBDKIT, self._image) as server:
                     return await measure(server, self.case.load, FILE_BYTES, seed)
-        raise DemoError(f"the server ({name}) ended before its client {_ATTEMPTS} times")
+        raise DemoError(f"nbdkit ended before its client {_ATTEMPTS} times")
 
     def figures(self) -> list[Figure]:
         """All that was measured."""
         part = f"nbd: {self.case.name}"
-        slots = {name: [done[name] for done in self._rounds] for name in SERVERS}
-        rate = {name: [slot.requests_per_s for slot in slots[name]] for name in SERVERS}
-        cpu = {name: [slot.cpu_us for slot in slots[name]] for name in SERVERS}
+        slots = {name: [done[name] for done in self._rounds] for name, _ in _LABELS}
+        rate = {name: [slot.requests_per_s for slot in slots[name]] for name, _ in _LABELS}
+        cpu = {name: [slot.cpu_us for slot in slots[name]] for name, _ in _LABELS}
         others = [_disturbance(done) * 100 for done in self._rounds]
         barred = self.case is BARRED
         on_bar, nbdkit_bar = (Bar(Sense.AT_LEAST, value) if barred else None for value in (0.97, 1.0))
@@ -126,12 +127,9 @@ class Comparison:
 
 
 async def nbd(binary: Path, directory: Path, rounds: int, most_attempts: int) -> list[Figure]:
-    """Compare the three servers over files in `directory`; a disturbed round is tried `most_attempts` times."""
+    """Compare the three servers over one file in `directory`; a disturbed round is tried `most_attempts` times."""
     images = {
-        folio_bytes: [
-            make_image(directory / f"image{folio_bytes}-{place}", FILE_BYTES, folio_bytes)
-            for place in range(len(SERVERS))
-        ]
+        folio_bytes: make_image(directory / f"image{folio_bytes}", FILE_BYTES, folio_bytes)
         for folio_bytes in (SMALL_FOLIO_BYTES, LARGE_FOLIO_BYTES)
     }
     comparisons = [Comparison(case, binary, directory, images[case.folio_bytes]) for case in CASES]
@@ -140,7 +138,7 @@ async def nbd(binary: Path, directory: Path, rounds: int, most_attempts: int) ->
     for number in range(rounds):
         for comparison in comparisons:
             await comparison.round(number, most_attempts)
-    for image in itertools.chain.from_iterable(images.values()):
+    for image in images.values():
         image.unlink()
     return [figure for comparison in comparisons for figure in comparison.figures()]
 
@@ -156,13 +154,3 @@ def make_image(path: Path, size: int, folio_bytes: int = SMALL_FOLIO_BYTES) -> P
 
 def _disturbance(done: _Round) -> float:
     return max(slot.others for slot in done.values())
-
-
-@contextlib.asynccontextmanager
-async def _server(name: str, binary: Path, directory: Path, image: Path) -> AsyncIterator[Server]:
-    if name == NBDKIT:
-        async with nbdkit(directory / name, image) as server:
-            yield server
-    else:
-        async with datapath(binary, directory / name, image, tracking=name == ON) as tracked:
-            yield tracked.server

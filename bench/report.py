@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What was measured, against what it has to be: one figure per line, as a table for people or JSON for programs."""
+"""What was measured, against what it has to be: one figure per line, as Markdown for people or JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import groupby
 from pathlib import Path
 from statistics import quantiles
 
@@ -91,7 +92,7 @@ def surroundings(directory: Path) -> dict[str, str]:
         "processor": f"{os.cpu_count()} of {model}",
         "kernel": platform.release(),
         "file system": _file_system(directory),
-        "load before": f"{os.getloadavg()[0]:.1f}",
+        "load before": f"{os.getloadavg()[0]:.1f} (running threads; 0 is a quiet machine)",
     }
 
 
@@ -106,29 +107,28 @@ def _file_system(directory: Path) -> str:
     return kind
 
 
-def table(figures: Sequence[Figure]) -> str:
-    """Lay the figures out, part by part."""
+def document(figures: Sequence[Figure], around: Mapping[str, str]) -> str:
+    """Lay everything out as docs/performance.md has it: Markdown that reads well in a terminal too."""
     rows = [("", "measured", "quartiles", "bar", "")]
-    part = ""
-    for figure in figures:
-        if figure.part != part:
-            part = figure.part
-            rows.append((part, "", "", "", ""))
-        spread = figure.spread
-        around = "" if spread.readings == 1 else f"{_number(spread.low)} … {_number(spread.high)}"
-        bar = "" if figure.bar is None else f"{figure.bar.sense} {_number(figure.bar.value)}"
-        value = f"{_number(spread.middle)} {figure.unit}".rstrip()
-        rows.append(("  " + figure.what, value, around, bar, figure.verdict))
-        if figure.note:
-            rows.append(("      " + figure.note, "", "", "", ""))
-    columns = (1, 2, 3, 4)
-    widths = [max(len(row[column]) for row in rows) for column in columns]
-    first = max(len(row[0]) for row in rows if row[1])
-    lines = []
-    for row in rows:
-        cells = [row[column].ljust(width) for column, width in zip(columns, widths, strict=True)]
-        lines.append("  ".join((row[0].ljust(first), *cells)).rstrip())
-    return "\n".join(lines)
+    for part, group in groupby(figures, lambda figure: figure.part):
+        rows.append((f"**{part}**", "", "", "", ""))
+        rows += map(_row, group)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([*(f"- {name}: {value}" for name, value in around.items()), "", *lines])
+
+
+def _row(figure: Figure) -> tuple[str, str, str, str, str]:
+    spread = figure.spread
+    around = "" if spread.readings == 1 else f"{_number(spread.low)} … {_number(spread.high)}"
+    bar = "" if figure.bar is None else f"{figure.bar.sense} {_number(figure.bar.value)}"
+    value = f"{_number(spread.middle)} {figure.unit}".rstrip()
+    what = f"{figure.what} ({figure.note})" if figure.note else figure.what
+    return what, value, around, bar, figure.verdict
 
 
 def as_json(figures: Sequence[Figure], around: Mapping[str, str]) -> dict[str, object]:
