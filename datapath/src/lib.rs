@@ -3,12 +3,14 @@
 //!
 //! A request travels `nbd` (bytes to requests) → `engine` (gate, marks, copies, origin I/O) → `nbd` (replies).
 //! `control` is the border to the service (docs/datapath-protocol.md); it never touches a request.
-//! `cbt` and `cow` are the pure rules; `mem`, `ring` and `sys` are the only places with `unsafe`.
+//! `cbt` and `cow` are the pure rules; `mem`, `ring`, `sys`, `fsfreeze` and `dm::ioctl` are the only places with `unsafe`.
 
 pub mod cbt;
 pub mod control;
 pub mod cow;
+pub mod dm;
 pub mod engine;
+pub mod fsfreeze;
 pub mod mem;
 pub mod nbd;
 pub mod origin;

@@ -6,7 +6,10 @@
 
 pub mod error;
 pub mod framing;
+pub mod insertion;
+pub mod leftovers;
 pub mod maintenance;
+pub mod node;
 pub mod origins;
 pub mod registry;
 pub mod request;
