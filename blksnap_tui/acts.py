@@ -55,17 +55,21 @@ class Acts:
             self._app.notify(f"{device.name} is tracked already", severity="information", markup=False)
             return
         if not device.backends:
-            await self._app.push_screen_wait(
-                Notice(
-                    f"cannot track {device.name}",
-                    f"no backend can track {device.path} on this machine; ? tells which there are and what they lack",
-                )
+            why = (
+                f"{device.path} is mounted on {', '.join(device.mount_points)}: unmount it, track it, and mount the"
+                " node the tracker shows instead"
+                if device.mount_points
+                else f"no backend can track {device.path} now; ? tells which there are and what they lack"
             )
+            await self._app.push_screen_wait(Notice(f"cannot track {device.name}", why))
             return
+        then = (
+            "the tracker goes under it, and what uses it goes on."
+            if device.mount_points
+            else "programs must then use the node the tracker shows, or their writes are not seen."
+        )
         question = (
-            f"record from now on what changes on {device.path}?\n\n"
-            f"backend: {device.backends[0]}. programs must then use the node the tracker shows, "
-            "or their writes are not seen."
+            f"record from now on what changes on {device.path}?\n\nbackend: {device.backends[0]}. {then}"
         )
         if not await self._app.push_screen_wait(Confirm(f"track {device.name}", question, "track")):
             return
@@ -80,10 +84,12 @@ class Acts:
                 f"{device.name} is not tracked: t tracks it", severity="information", markup=False
             )
             return
+        node = device.tracker.node
+        stays = node in {device.path, *device.symlinks}
         question = (
             f"stop recording what changes on {device.path}?\n\n"
-            "its history ends: the next backup has to be a full one. programs that use "
-            f"{device.tracker.node} lose it."
+            "its history ends: the next backup has to be a full one. "
+            + ("programs that use it go on." if stays else f"programs that use {node} lose it.")
         )
         if not await self._app.push_screen_wait(Confirm(f"untrack {device.name}", question, "untrack")):
             return

@@ -105,6 +105,29 @@ async def test_a_device_without_a_backend_says_why(busy: FakeService) -> None:
     assert acts(busy) == []
 
 
+async def test_a_mounted_device_without_a_backend_says_what_to_do(busy: FakeService) -> None:
+    """The node is mounted in its place."""
+    busy.add_device("/dev/sdc1", 1 << 30, MountPoints=["/srv/data"], Backends=[])
+    async with running(busy) as (app, pilot):
+        await chosen(app, pilot, "sdc1")
+        await asked(app, pilot, "t", Notice)
+        assert "/dev/sdc1 is mounted on /srv/data" in screen_text(app)
+        await answered(app, pilot, "enter")
+    assert acts(busy) == []
+
+
+async def test_untracking_a_device_in_its_own_place_costs_no_program_anything(busy: FakeService) -> None:
+    """The tracker was under it."""
+    device = busy.add_device("/dev/dm-3", 1 << 30, Symlinks=["/dev/mapper/vg-home"])
+    busy.track(device)
+    busy.objects[device][model.TRACKER]["Node"] = "/dev/mapper/vg-home"
+    async with running(busy) as (app, pilot):
+        await chosen(app, pilot, "dm-3")
+        await asked(app, pilot, "d", Confirm)
+        assert "programs that use it go on" in screen_text(app)
+        await answered(app, pilot, "escape")
+
+
 async def test_untracking_removes_the_map(busy: FakeService) -> None:
     """The hint comes in its place."""
     async with running(busy) as (app, pilot):
