@@ -129,6 +129,9 @@ class _Host:
                 reports[data[STARTED]] = []
                 continue
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
+            if isinstance(report.longrepr, list):
+                # Where and why of a skip; JSON knows no tuples.
+                report.longrepr = tuple(report.longrepr)
             if report.failed:
                 report.sections.append(("Guest", f"console and output kept in {guest.directory}"))
             reports[report.nodeid].append(report)
