@@ -38,26 +38,31 @@ _BUILT = Path(__file__).resolve().parents[1] / "datapath" / "target" / "release"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the parts asked for; returns the exit status."""
     options = _options(arguments)
+    figures: list[Figure] = []
+    status = 0
     try:
         with tempfile.TemporaryDirectory(prefix="bsbench-", dir=options.directory) as name:
             directory = Path(name)
             around = surroundings(directory)
-            figures = asyncio.run(_measure(options, directory))
+            asyncio.run(_measure(options, directory, figures))
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("bench: told to stop", file=sys.stderr)
-        return 2
+        status = 2
     except (DemoError, Gone, BlksnapError, ClientError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
-        return 2
+        status = 2
+    if not figures:
+        return status
     print(document(figures, around))
     if options.json:
         options.json.write_text(json.dumps(as_json(figures, around), indent=1, ensure_ascii=False) + "\n")
     missed = [figure for figure in figures if figure.met is False]
     print(f"\n{sum(figure.met is True for figure in figures)} bars met, {len(missed)} missed")
-    return 1 if missed else 0
+    return status or int(bool(missed))
 
 
-async def _measure(options: argparse.Namespace, directory: Path) -> list[Figure]:
+async def _measure(options: argparse.Namespace, directory: Path, figures: list[Figure]) -> None:
+    """Measure part by part into `figures`: what is there stays when a later part fails."""
     # As Ctrl-C: the servers are in sessions of their own and must be ended from here.
     if (task := asyncio.current_task()) is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -65,7 +70,6 @@ async def _measure(options: argparse.Namespace, directory: Path) -> list[Figure]
     binary = directory / "blksnap-datapath"
     shutil.copy2(options.datapath or (_BUILT if _BUILT.is_file() else find_binary()), binary)
     os.environ["BLKSNAP_DATAPATH"] = str(binary)
-    figures: list[Figure] = []
     for part in options.part or PARTS:
         print(f"bench: {part}", file=sys.stderr)
         match part:
@@ -79,7 +83,6 @@ async def _measure(options: argparse.Namespace, directory: Path) -> list[Figure]
                 figures += await service(directory, options.rounds)
             case "memory":
                 figures += await datapath_memory(binary, directory)
-    return figures
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

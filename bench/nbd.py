@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +137,7 @@ async def nbd(binary: Path, directory: Path, rounds: int, most_attempts: int) ->
     for comparison in comparisons:
         await comparison.warm()
     for number in range(rounds):
+        print(f"bench: nbd, round {number + 1} of {rounds}", file=sys.stderr)
         for comparison in comparisons:
             await comparison.round(number, most_attempts)
     for image in images.values():
