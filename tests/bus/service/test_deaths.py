@@ -23,6 +23,8 @@ async def load(uri: str, seconds: int, *, patience: bool = True) -> dict[str, An
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report"
         process = await asyncio.create_subprocess_exec(
+            # Without its server fio complains into its report for ever: it must not outlive this process.
+            "setpriv", "--pdeathsig", "KILL", "--",
             "fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k", "--iodepth=8",
             "--size=16M", "--time_based", f"--runtime={seconds}", "--verify=crc32c", "--verify_backlog=512",
             "--verify_state_save=0", "--thinktime=200", "--output-format=json", f"--output={report}",
@@ -34,7 +36,6 @@ async def load(uri: str, seconds: int, *, patience: bool = True) -> dict[str, An
                 return {}
             assert status == 0
         finally:
-            # Without its server fio goes on for ever.
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         job: dict[str, Any] = json.loads(report.read_text())["jobs"][0]
