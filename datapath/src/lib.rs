@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The I/O path of blksnap: one thread and one io_uring per origin, change map, copy-before-write images, NBD front end.
+//! The I/O path of blksnap: one thread and one io_uring per origin, change map, copy-before-write images, two front ends.
 //!
-//! A request travels `nbd` (bytes to requests) → `engine` (gate, marks, copies, origin I/O) → `nbd` (replies).
+//! A request travels `nbd` (bytes to requests) → `engine` (gate, marks, copies, origin I/O) → `nbd` (replies), or comes
+//! from and goes back to the kernel's ublk driver (`ublk`).
 //! `control` is the border to the service (docs/datapath-protocol.md); it never touches a request.
 //! `cbt` and `cow` are the pure rules; `mem`, `ring`, `sys`, `fsfreeze` and `dm::ioctl` are the only places with `unsafe`.
 
@@ -18,3 +19,4 @@ pub mod ring;
 pub mod snapshot;
 pub mod storage;
 pub mod sys;
+pub mod ublk;

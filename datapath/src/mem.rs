@@ -25,18 +25,13 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn map(len: usize, flags: libc::c_int, fd: libc::c_int) -> io::Result<Self> {
+        Self::map_for(libc::PROT_READ | libc::PROT_WRITE, len, flags, fd)
+    }
+
+    fn map_for(access: libc::c_int, len: usize, flags: libc::c_int, fd: libc::c_int) -> io::Result<Self> {
         let len = len.max(1).next_multiple_of(PAGE);
         // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                flags,
-                fd,
-                0,
-            )
-        };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, fd, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
@@ -47,6 +42,17 @@ impl Mapping {
     /// Zeroed private memory of at least `len` bytes, page aligned; pages appear when they are first touched.
     pub fn anonymous(len: usize) -> io::Result<Self> {
         Self::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+    }
+
+    /// As [`Self::anonymous`], with all pages there (and locked, where memory is).
+    pub fn populated(len: usize) -> io::Result<Self> {
+        Self::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE, -1)
+    }
+
+    /// The first `len` bytes of what a driver shows, for reading only: nobody may write to spans of it.
+    pub fn of_driver(file: &File, len: usize) -> io::Result<Self> {
+        let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
+        Self::map_for(libc::PROT_READ, len, flags, file.as_raw_fd())
     }
 
     /// `len` bytes at `offset`. Panics when outside: a span is never computed from client data unchecked.

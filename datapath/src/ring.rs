@@ -5,7 +5,7 @@
 //! completion has come; the engine does so by counting the operations of a connection or an image before it ends either.
 
 use crate::mem::Span;
-use io_uring::{opcode, squeue, types::Fd, types::FsyncFlags, types::Timespec, IoUring};
+use io_uring::{opcode, squeue, types::Fd, types::Fixed, types::FsyncFlags, types::Timespec, IoUring};
 use std::io;
 use std::os::fd::RawFd;
 
@@ -37,7 +37,21 @@ pub enum Kind {
     CopyRead,
     /// Old bytes of copy `index` were stored.
     CopyStore,
+    /// A block device has a request in place `index`, or has ended.
+    Request,
 }
+
+/// The character device of a block device that is served.
+#[derive(Clone, Copy, Debug)]
+pub enum Served {
+    /// A place in the ring's file table. The ring lets go of it only when its last operation has ended: nobody can take
+    /// such a device over while a write of ours is still on its way.
+    Registered(u32),
+    Plain(RawFd),
+}
+
+/// `BLOCK_URING_CMD_DISCARD` of linux/blkdev.h, since 6.12.
+const DISCARD: u32 = 0x12 << 8;
 
 impl Token {
     pub fn new(kind: Kind, index: u32) -> Self {
@@ -49,7 +63,7 @@ impl Token {
     }
 
     fn decode(data: u64) -> Option<Self> {
-        const KINDS: [Kind; 9] = [
+        const KINDS: [Kind; 10] = [
             Kind::Accept,
             Kind::Mail,
             Kind::Tick,
@@ -59,6 +73,7 @@ impl Token {
             Kind::Sync,
             Kind::CopyRead,
             Kind::CopyStore,
+            Kind::Request,
         ];
         let kind = *KINDS.get((data >> 56).checked_sub(1)? as usize)?;
         Some(Self::new(kind, data as u32))
@@ -136,6 +151,72 @@ impl Ring {
         self.push(entry, token);
     }
 
+    /// Discards `len` bytes of a block device at `offset`; completes with 0. EOPNOTSUPP or EINVAL: this kernel or device
+    /// does not know how.
+    pub fn discard(&mut self, fd: RawFd, offset: u64, len: u64, token: Token) {
+        let mut command = [0; 16];
+        // The length is where other operations have their third address, which is where commands begin.
+        command[..8].copy_from_slice(&len.to_ne_bytes());
+        let entry = opcode::UringCmd16::new(Fd(fd), DISCARD)
+            .addr(Some(offset))
+            .cmd(command)
+            .build();
+        self.push(entry, token);
+    }
+
+    /// Tables for what block devices need: `files` registered files, `buffers` places for the pages of requests.
+    pub fn make_tables(&mut self, files: u32, buffers: u32) -> io::Result<()> {
+        self.inner.submitter().register_files_sparse(files)?;
+        self.inner.submitter().register_buffers_sparse(buffers)
+    }
+
+    /// Puts `file` into the file table; None takes it out again.
+    pub fn register_file(&mut self, place: u32, file: Option<RawFd>) -> io::Result<()> {
+        let submitter = self.inner.submitter();
+        submitter.register_files_update(place, &[file.unwrap_or(-1)]).map(drop)
+    }
+
+    /// A command of the ublk driver: `body` is its `ublksrv_io_cmd`, `buffer` the place in the buffer table for the
+    /// request's pages, when the driver is to put them there.
+    pub fn ublk(&mut self, device: Served, number: u32, body: [u8; 16], buffer: Option<u16>, token: Token) {
+        let buffer = buffer.map(u64::from);
+        let entry = match device {
+            Served::Registered(place) => opcode::UringCmd16::new(Fixed(place), number)
+                .cmd(body)
+                .addr(buffer)
+                .build(),
+            Served::Plain(fd) => opcode::UringCmd16::new(Fd(fd), number).cmd(body).addr(buffer).build(),
+        };
+        self.push(entry, token);
+    }
+
+    /// Reads into the pages at place `buffer` of the buffer table, from byte `at` of them.
+    pub fn read_fixed(&mut self, fd: RawFd, (buffer, at): (u16, u64), len: u32, offset: u64, token: Token) {
+        // The pages have no address here: what stands for it counts from their first byte.
+        let entry = opcode::ReadFixed::new(Fd(fd), at as *mut u8, len, buffer)
+            .offset(offset)
+            .build();
+        self.push(entry, token);
+    }
+
+    /// Writes from the pages at place `buffer` of the buffer table, from byte `at` of them.
+    pub fn write_fixed(
+        &mut self,
+        fd: RawFd,
+        (buffer, at): (u16, u64),
+        len: u32,
+        offset: u64,
+        dsync: bool,
+        token: Token,
+    ) {
+        let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+        let entry = opcode::WriteFixed::new(Fd(fd), at as *const u8, len, buffer)
+            .offset(offset)
+            .rw_flags(flags)
+            .build();
+        self.push(entry, token);
+    }
+
     pub fn receive(&mut self, socket: RawFd, into: Span, token: Token) {
         let entry = opcode::Recv::new(Fd(socket), into.as_ptr(), into.len() as u32).build();
         self.push(entry, token);
@@ -158,6 +239,15 @@ impl Ring {
     /// Completes with -ETIME after `after`, which must stay where it is until then.
     pub fn timeout(&mut self, after: *const Timespec, token: Token) {
         self.push(opcode::Timeout::new(after).build(), token);
+    }
+
+    /// Submits what is queued. What the kernel refuses at once has completed by then.
+    pub fn submit(&mut self) -> io::Result<()> {
+        match self.inner.submit() {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => Err(error),
+            // What is left of it goes with the next wait.
+            _ => Ok(()),
+        }
     }
 
     /// Submits what is queued and waits for at least one completion.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Operations on one origin: add, read, mark, reset, remove.
 
+use super::devices::{self, Attachment};
 use super::error::{Refusal, Result};
 use super::registry::{Origin, Registry};
 use super::server::Server;
@@ -8,7 +9,7 @@ use super::take::Gates;
 use crate::cbt::{self, Geometry, Numbers};
 use crate::engine::mail::{Letter, Mailbox};
 use crate::engine::reading::Reading;
-use crate::engine::{Engine, Map, Setup};
+use crate::engine::{Engine, Front, Map, Setup};
 use crate::mem::{Shared, PAGE};
 use crate::origin;
 use crate::sys;
@@ -41,6 +42,13 @@ pub struct Add {
     pub tracking: bool,
     #[serde(default)]
     pub label: String,
+    #[serde(default)]
+    pub front: Front,
+    /// The device-mapper device to make on top, and the one to get under; "": none.
+    #[serde(default)]
+    pub top: String,
+    #[serde(default)]
+    pub insert: String,
 }
 
 fn one() -> u32 {
@@ -119,6 +127,12 @@ impl Server {
             Some(libc::EINVAL) => Refusal::invalid("the origin is neither a regular file nor a block device"),
             _ => Refusal::io("the origin", &error),
         })?;
+        if asked.front == Front::Ublk {
+            devices::check_fit(node.block, node.identity.0)?;
+        }
+        if !asked.top.is_empty() || !asked.insert.is_empty() {
+            return Err(Refusal::invalid("this data path has no device-mapper devices"));
+        }
         let handle = {
             let mut registry = self.registry();
             if registry.origins.contains_key(&asked.origin) {
@@ -170,7 +184,7 @@ impl Server {
         let listener = UnixListener::bind(&socket)
             .map_err(|error| Refusal::io(&format!("the socket {}", socket.display()), &error))?;
         let mailbox = Arc::new(Mailbox::new().map_err(|error| Refusal::io("an event descriptor", &error))?);
-        let entry = Origin {
+        let mut entry = Origin {
             name: asked.origin.clone(),
             handle,
             mailbox: Arc::clone(&mailbox),
@@ -179,6 +193,10 @@ impl Server {
             tracking: asked.tracking,
             state_page: Arc::clone(&state_page),
             socket: socket.clone(),
+            attachment: Attachment {
+                front: asked.front,
+                ..Attachment::default()
+            },
             last: Arc::default(),
         };
         let setup = Setup {
@@ -186,6 +204,7 @@ impl Server {
             name: asked.origin.clone(),
             label: asked.label,
             socket: socket.display().to_string(),
+            front: asked.front,
             origin: origin::Origin::new(file, node, asked.read_only),
             geometry,
             tracking: asked.tracking,
@@ -210,6 +229,19 @@ impl Server {
                 &error,
             )
         })?;
+        if asked.front == Front::Ublk {
+            match devices::make_origin_device(&entry, node.size, asked.read_only) {
+                Ok(device) => {
+                    entry.attachment.ublk_id = Some(device);
+                    entry.attachment.node = devices::node_of(device);
+                }
+                Err(refusal) => {
+                    let _ = entry.ask(Letter::End);
+                    let _ = std::fs::remove_file(&socket);
+                    return Err(refusal);
+                }
+            }
+        }
         self.registry().origins.insert(asked.origin.clone(), entry.clone());
         self.maps_of(&entry)
     }
@@ -267,7 +299,7 @@ impl Server {
     pub fn remove(&self, name: &str, force: bool) -> Result<WithMaps> {
         let _structure = self.structure();
         let origin = self.registry().origin(name)?;
-        let (mut reading, map) = match (origin.read(), origin.last()) {
+        let (mut reading, mut map) = match (origin.read(), origin.last()) {
             (Ok((reading, map, _)), _) => (reading, map),
             // It was told to end when its disk held it, and has ended since.
             (Err(_), Some(last)) if origin.mailbox.ended() => last,
@@ -276,10 +308,18 @@ impl Server {
         if !force && !reading.snapshots.is_empty() {
             return Err(Refusal::busy(format!("a snapshot of {name} is held")));
         }
+        if !force && origin.attachment.ublk_id.is_some_and(devices::in_use) {
+            return Err(devices::used(&origin.attachment.node));
+        }
         if !force && reading.clients > 0 {
             return Err(Refusal::busy(format!("{} clients use {name}", reading.clients)));
         }
         if !origin.mailbox.ended() {
+            if let Some(device) = origin.attachment.ublk_id {
+                devices::end_device(&origin, device, force)?;
+                // What was written until just now counts.
+                (reading, map, _) = origin.read()?;
+            }
             origin.ask(Letter::End)?;
         }
         self.registry().origins.remove(name);

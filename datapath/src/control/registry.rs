@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! What exists: origins with their queue threads, snapshots with their images. No decisions, no waiting for I/O.
 
+use super::devices::{self, Attachment};
 use super::error::{Refusal, Result};
 use crate::cbt::Geometry;
 use crate::engine::mail::{Letter, Mailbox};
@@ -29,6 +30,7 @@ pub struct Origin {
     pub tracking: bool,
     pub state_page: Arc<Shared>,
     pub socket: PathBuf,
+    pub attachment: Attachment,
     pub last: Arc<Mutex<Option<(Reading, Map)>>>,
 }
 
@@ -51,9 +53,22 @@ impl Origin {
     }
 
     pub fn read(&self) -> Result<(Reading, Map, Geometry)> {
-        let read = self.ask(Letter::Read)?;
+        let mut read = self.ask(Letter::Read)?;
+        self.complete(&mut read.0);
         self.remember(&read);
         Ok(read)
+    }
+
+    /// Adds to a reading what the queue thread does not know.
+    fn complete(&self, reading: &mut Reading) {
+        let attachment = &self.attachment;
+        reading.node.clone_from(&attachment.node);
+        reading.top.clone_from(&attachment.top);
+        reading.insert.clone_from(&attachment.insert);
+        if let Some(device) = attachment.ublk_id {
+            reading.ublk_id = i64::from(device);
+            reading.clients += u32::from(devices::in_use(device));
+        }
     }
 
     fn remember(&self, (reading, map, _): &(Reading, Map, Geometry)) {
@@ -69,7 +84,8 @@ impl Origin {
     /// then says so in `reason`.
     pub fn glance(&self) -> Option<Reading> {
         match self.ask_for(Duration::from_secs(1), Letter::Read) {
-            Ok(read) => {
+            Ok(mut read) => {
+                self.complete(&mut read.0);
                 self.remember(&read);
                 Some(read.0)
             }

@@ -8,6 +8,7 @@ use super::server::Server;
 use super::snapshots::Create;
 use super::take::Take;
 use crate::mem::Shared;
+use crate::ublk::control::availability;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Map, Value};
@@ -152,10 +153,13 @@ impl Server {
                 }
                 let version = env!("CARGO_PKG_VERSION");
                 let pid = std::process::id();
-                answer(
-                    json!({"protocol": PROTOCOL, "version": version, "pid": pid, "features": ["nbd"]}),
-                    vec![],
-                )
+                let ublk = availability();
+                let mut features = vec!["nbd"];
+                features.extend(ublk.available.then_some("ublk"));
+                let hello = json!({
+                    "protocol": PROTOCOL, "version": version, "pid": pid, "features": features, "ublk": ublk,
+                });
+                answer(hello, vec![])
             }
             "subscribe" => {
                 let Nothing {} = read(arguments)?;

@@ -3,7 +3,7 @@
 
 use super::connection::{Export, Reply};
 use super::piece::{Job, PIECES};
-use super::{Engine, IMAGES};
+use super::{Engine, Front, IMAGES};
 use crate::cbt::{Geometry, Numbers};
 use crate::cow::State;
 use crate::mem::{Shared, Span};
@@ -21,11 +21,7 @@ impl Exports for Engine {
         if name.is_empty() {
             return self.export_info(Export::Origin);
         }
-        let served = |place: &usize| {
-            self.images[*place]
-                .as_ref()
-                .is_some_and(|image| image.snapshot.id == name && image.leaving.is_none())
-        };
+        let served = |place: &usize| self.images[*place].as_ref().is_some_and(|image| image.serves(name));
         (0..IMAGES)
             .find(served)
             .and_then(|place| self.export_info(Export::Image(place as u8)))
@@ -53,7 +49,8 @@ impl Engine {
         let (key, size, flags, description) = match which {
             Export::Origin => {
                 let changes = export::SEND_FUA | export::SEND_TRIM | export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO;
-                let flags = if self.setup.origin.read_only {
+                // Who uses the block device must not find it changed by somebody else.
+                let flags = if self.setup.origin.read_only || self.setup.front == Front::Ublk {
                     export::READ_ONLY
                 } else {
                     changes

@@ -110,6 +110,11 @@ impl Image {
         })
     }
 
+    /// Whether it is the image of this snapshot, and stays.
+    pub fn serves(&self, id: &str) -> bool {
+        self.snapshot.id == id && self.leaving.is_none()
+    }
+
     pub fn failed(&self) -> bool {
         self.snapshot.failed()
     }

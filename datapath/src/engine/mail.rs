@@ -9,6 +9,7 @@ use crate::cbt::{self, Geometry, Numbers};
 use crate::mem::Shared;
 use crate::snapshot::Cause;
 use crate::sys::{self, Node};
+use crate::ublk::queue::Queue;
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -65,7 +66,11 @@ pub enum Letter {
     },
     /// Answered when nothing of the image is in flight any more.
     DropImage(String, SyncSender<()>),
-    /// Ends the queue thread; answered when it has ended.
+    /// Serves a device that was added and not yet started; answered when all its requests are fetched, or with errno.
+    Serve(Box<Queue>, SyncSender<Result<(), i32>>),
+    /// Answered when no request of this device, which was stopped, is fetched any more.
+    Unserve(u32, SyncSender<()>),
+    /// Ends the queue thread, which serves no device any more; answered when it has ended.
     End(SyncSender<()>),
 }
 
@@ -158,6 +163,8 @@ impl Engine {
                     let _ = answer.send(());
                 }
                 Letter::DropImage(id, answer) => self.leave_image(&id, answer),
+                Letter::Serve(queue, answer) => self.serve(queue, answer),
+                Letter::Unserve(device, answer) => self.unserve(device, answer),
                 Letter::End(answer) => self.end(answer),
             }
         }
@@ -306,10 +313,11 @@ impl Engine {
             return;
         }
         // Pieces that still wait look for their image when they wake: it goes last.
-        let used = self.pieces.iter().any(|piece| {
-            usize::from(piece.image) == place
-                && matches!(piece.job, super::piece::Job::ImageRead | super::piece::Job::ImageWrite)
-        });
+        let used = self.image_is_shown(place)
+            || self.pieces.iter().any(|piece| {
+                usize::from(piece.image) == place
+                    && matches!(piece.job, super::piece::Job::ImageRead | super::piece::Job::ImageWrite)
+            });
         let Some(image) = &mut self.images[place] else {
             return;
         };

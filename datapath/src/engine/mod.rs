@@ -2,7 +2,7 @@
 //! The queue thread of one origin: one ring, its clients, its map, its images. Nothing here is shared but by intent.
 //!
 //! A request's way, stop by stop: [`request`] cuts it into pieces → [`origin_io`] (gate, copies, mark, I/O) or
-//! [`image_io`] → [`reply`]. [`copies`] is copy-before-write, [`image`] an image's state, [`mail`] what the control side asks for.
+//! [`image_io`] → [`reply`]; one of a block device comes from and goes back to [`ublk`]. [`copies`] is copy-before-write, [`image`] an image's state, [`mail`] what the control side asks for.
 //!
 //! On the I/O path it allocates nothing, logs nothing and takes no lock; memory comes when a client connects or the
 //! control side hands it in. An impossible state aborts the process (`panic = "abort"`): the service starts another.
@@ -19,6 +19,7 @@ mod piece;
 pub mod reading;
 mod reply;
 mod request;
+pub mod ublk;
 
 use crate::cbt::{Geometry, Numbers};
 use crate::mem::{Mapping, Shared, Span};
@@ -38,11 +39,23 @@ use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::sync::Arc;
+use ublk::{Device, DEVICES, REQUESTS};
 
 /// Snapshots of one origin held at once.
 pub const IMAGES: usize = 16;
 /// Seconds a storage may owe a write before its snapshot is given up.
 pub const STALL_S: u32 = 10;
+
+/// Where the requests to an origin come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Front {
+    /// Clients of its socket.
+    #[default]
+    Nbd,
+    /// A block device.
+    Ublk,
+}
 
 /// What an engine starts with.
 pub struct Setup {
@@ -50,6 +63,7 @@ pub struct Setup {
     pub name: String,
     pub label: String,
     pub socket: String,
+    pub front: Front,
     pub origin: Origin,
     pub geometry: Geometry,
     pub tracking: bool,
@@ -93,7 +107,10 @@ pub struct Engine {
     zeros: Span,
     _zeros: Mapping,
     connections: Vec<Option<Connection>>,
+    /// Those of the connections, then those of the devices.
     pieces: Vec<Piece>,
+    devices: Vec<Option<Device>>,
+    tables_made: bool,
     images: Vec<Option<Image>>,
     gate: Gate,
     /// Pieces that can go on.
@@ -128,7 +145,9 @@ impl Engine {
             zeros: zeros.span(0, PIECE_LEN),
             _zeros: zeros,
             connections: (0..CONNECTIONS).map(|_| None).collect(),
-            pieces: vec![Piece::IDLE; CONNECTIONS * PIECES],
+            pieces: vec![Piece::IDLE; CONNECTIONS * PIECES + REQUESTS],
+            devices: (0..DEVICES).map(|_| None).collect(),
+            tables_made: false,
             images: (0..IMAGES).map(|_| None).collect(),
             gate: Gate {
                 closed: false,
@@ -207,6 +226,7 @@ impl Engine {
             }
         }
         self.report_closed();
+        self.settle_devices();
         for place in 0..self.images.len() {
             self.drop_image_if_unused(place);
         }
@@ -231,6 +251,7 @@ impl Engine {
             Kind::Sync => self.synced(token.index, result),
             Kind::CopyRead => self.copy_read(index, result),
             Kind::CopyStore => self.copy_stored(index, result),
+            Kind::Request => self.request_arrived(index, result),
         }
     }
 
@@ -331,6 +352,7 @@ impl Engine {
             && !self.accepting
             && self.connections.iter().all(Option::is_none)
             && self.images.iter().all(Option::is_none)
+            && self.devices.iter().all(Option::is_none)
             && self.gate.in_flight == 0
     }
 }

@@ -39,6 +39,11 @@ impl Engine {
                 self.counters.read_bytes += piece.len;
                 return self.finish(id);
             }
+            if let Some(buffer) = piece.fixed {
+                let (fd, token) = (self.setup.origin.fd(), Token::new(Kind::Piece, id));
+                let (place, left) = ((buffer, piece.done), piece.left() as u32);
+                return self.ring.read_fixed(fd, place, left, piece.at(), token);
+            }
             match self.setup.origin.read_now(piece.rest(), piece.at()) {
                 Ok(0) => return self.origin_ended(id),
                 Ok(count) => self.pieces[id as usize].done += count as u64,
@@ -133,7 +138,15 @@ impl Engine {
                     written => Some(written.map(|count| count as u64)),
                 };
             }
-            Job::Write => self.ring.write(fd, piece.rest(), piece.at(), piece.dsync, token),
+            Job::Write => match piece.fixed {
+                Some(buffer) => {
+                    let (place, left) = ((buffer, piece.done), piece.left() as u32);
+                    self.ring.write_fixed(fd, place, left, piece.at(), piece.dsync, token);
+                }
+                None => self.ring.write(fd, piece.rest(), piece.at(), piece.dsync, token),
+            },
+            // A hole punched into a block device would be zeroes written: not what a discard is for.
+            Job::Trim if super::ublk::is_request(id) => self.ring.discard(fd, piece.at(), step, token),
             Job::Zero if piece.by_hand => {
                 let len = step.min(self.zeros.len() as u64);
                 self.pieces[id as usize].step = len;
@@ -234,6 +247,8 @@ impl Engine {
             }
             // Trim is advice; who cannot take it has not failed.
             (Job::Trim, error) if error == -libc::EOPNOTSUPP => self.finish(id),
+            // Before 6.12 there is no command for it.
+            (Job::Trim, error) if error == -libc::EINVAL && super::ublk::is_request(id) => self.finish(id),
             (_, error) if error < 0 => self.fail_piece(id, -error),
             _ => self.fail_piece(id, libc::EIO),
         }

@@ -52,6 +52,8 @@ pub struct Piece {
     /// First chunk and number of chunks of an image read that is in flight on the origin; the number is 0 otherwise.
     pub held: (u64, u64),
     pub buffer: Option<Span>,
+    /// Place of its pages in the ring's buffer table, instead of a buffer.
+    pub fixed: Option<u16>,
     pub(super) next: PieceId,
 }
 
@@ -72,6 +74,7 @@ impl Piece {
         step: 0,
         held: (0, 0),
         buffer: None,
+        fixed: None,
         next: NOBODY,
     };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! What a queue thread tells of itself: a consistent reading for the service, and the state page that outlives the process.
 
-use super::Engine;
+use super::{Engine, Front};
 use serde::Serialize;
 use std::sync::atomic::Ordering;
 
@@ -47,6 +47,13 @@ pub struct Reading {
     pub taken_base: u32,
     pub nbd_socket: String,
     pub clients: u32,
+    pub front: Front,
+    /// What to mount or use, the number of its ublk device (-1: none), and the device-mapper devices about it; the control
+    /// side fills them in.
+    pub node: String,
+    pub ublk_id: i64,
+    pub top: String,
+    pub insert: String,
     pub snapshots: Vec<String>,
     pub counters: Counters,
     /// Why the map cannot be trusted any more (a take would begin a new generation); "": it can.
@@ -79,6 +86,11 @@ impl Engine {
             taken_base: map.taken_base,
             nbd_socket: self.setup.socket.clone(),
             clients: self.connections.iter().flatten().count() as u32,
+            front: self.setup.front,
+            node: String::new(),
+            ublk_id: -1,
+            top: String::new(),
+            insert: String::new(),
             snapshots: self
                 .images
                 .iter()

@@ -10,6 +10,9 @@ use crate::ring::{Kind, Token};
 impl Engine {
     /// A piece has done what it can (its `errno` says how well).
     pub(super) fn finish(&mut self, id: PieceId) {
+        if super::ublk::is_request(id) {
+            return self.finish_request(id);
+        }
         let place = connection_of(id);
         let piece = self.pieces[id as usize];
         let connection = self.connections[place].as_mut().expect("pieces keep their connection");
