@@ -163,11 +163,14 @@ impl Engine {
             }
         };
         let of_image = device.image.is_some();
-        let offset = asked.first_sector * SECTOR;
         let operation = asked.op_flags as u8;
-        let len = match operation {
-            op::FLUSH => 0,
-            _ => u64::from(asked.sectors) * SECTOR,
+        let (offset, len) = match operation {
+            // It has no place; what stands there is no sector (blk_flush_init_rq).
+            op::FLUSH => (0, 0),
+            _ => (
+                asked.first_sector.saturating_mul(SECTOR),
+                u64::from(asked.sectors) * SECTOR,
+            ),
         };
         let job = match (operation, of_image) {
             (op::READ, false) => Ok(Job::Read),
