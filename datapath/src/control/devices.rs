@@ -4,20 +4,26 @@
 //! ```text
 //!  ADD → parameters → open, map → Serve (the queue thread fetches) → START → a node in /dev
 //!  fsync → STOP (the queue thread answers what is left) → Unserve → DEL
+//!  (after a death) START_USER_RECOVERY → open, map → Serve → END_USER_RECOVERY
 //! ```
 
 use super::error::{Refusal, Result};
-use super::registry::Origin;
+use super::registry::{Origin, ANSWER_S};
 use crate::engine::mail::Letter;
 use crate::engine::ublk::{DEPTH, IMAGE_DEPTH};
 use crate::engine::Front;
 use crate::ublk::control::{open_char, unavailable, Control, NEEDED};
 use crate::ublk::params::{Sysfs, IMAGE_MAX_IO};
-use crate::ublk::queue::{Queue, Shows};
-use crate::ublk::uapi::{flag, Params, BLOCK_PATH};
+use crate::ublk::queue::{Buffers, Queue, Shows};
+use crate::ublk::uapi::{flag, state, Params, BLOCK_PATH};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+/// How long operations of a data path that has died may last.
+const RECOVERY_S: u64 = 30;
 
 /// What users of an origin see of it besides its socket.
 #[derive(Clone, Debug, Default)]
@@ -147,26 +153,87 @@ fn make_added(
     control
         .set_params(device, &plan.params)
         .map_err(|error| ("the parameters of the block device", error))?;
-    serve(
-        origin,
-        device,
-        plan.shows.clone(),
-        plan.depth,
-        if plan.copied { plan.max_io } else { 0 },
-    )?;
+    let buffers = Buffers::new(plan.depth, if plan.copied { plan.max_io } else { 0 })
+        .map_err(|error| ("memory for the block device", error))?;
+    serve(origin, device, plan.shows.clone(), plan.depth, buffers)?;
     control
         .start(device)
         .map_err(|error| ("starting the block device", error))
 }
 
 /// Opens a device, maps its memory and has the queue thread fetch all its requests.
-fn serve(origin: &Origin, device: u32, shows: Shows, depth: u16, buffer_len: u32) -> std::result::Result<(), Failure> {
+fn serve(origin: &Origin, device: u32, shows: Shows, depth: u16, buffers: Buffers) -> std::result::Result<(), Failure> {
     let queue = open_char(device)
-        .and_then(|file| Queue::new(device, shows, depth, buffer_len, file))
+        .and_then(|file| Queue::new(device, shows, depth, buffers, file))
         .map_err(|error| ("the queue of the block device", error))?;
     let served = origin.ask(|answer| Letter::Serve(Box::new(queue), answer));
     let served = served.map_err(|refusal| ("serving the block device", io::Error::other(refusal.message)))?;
     served.map_err(|errno| ("serving the block device", io::Error::from_raw_os_error(errno)))
+}
+
+/// Goes on serving the device of an origin whose data path has died: its engine runs again, with maps and images as they
+/// were, and has done no I/O yet. Requests that the old process held come again.
+///
+/// To be done before [`recover_image_device`] of the same origin: that this succeeds means that every operation of the
+/// old queue thread has ended (its ring held the device until then). Raised (not-found) when the device is gone or was
+/// never started: [`forget_device`] it and make another; (timed-out) when old operations do not end.
+pub fn recover_origin_device(origin: &Origin, device: u32) -> Result<()> {
+    recover(origin, device, Shows::Origin)
+}
+
+/// As [`recover_origin_device`], for the device of the image that snapshot `id` has of it.
+pub fn recover_image_device(origin: &Origin, device: u32, id: &str) -> Result<()> {
+    recover(origin, device, Shows::Image(id.to_owned()))
+}
+
+/// Ends a device that nobody serves and forgets it: its I/O fails.
+pub fn forget_device(device: u32) -> Result<()> {
+    let mut control = open()?;
+    let _ = control.stop(device);
+    control
+        .delete(device)
+        .map_err(|error| Refusal::io(&format!("removing {}", node_of(device)), &error))
+}
+
+fn recover(origin: &Origin, device: u32, shows: Shows) -> Result<()> {
+    let node = node_of(device);
+    let failed = |what: &str, error: &io::Error| Refusal::io(&format!("{what} ({node})"), error);
+    let mut control = open()?;
+    let features = features(&mut control)?;
+    let info = control.info(device).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENODEV | libc::EINVAL) => Refusal::not_found(format!("{node} is gone")),
+        _ => failed("asking for the block device", &error),
+    })?;
+    if info.state == state::DEAD {
+        return Err(Refusal::not_found(format!("{node} was not in service")));
+    }
+    // Everything that can fail comes before the driver is told: some kernels take a second beginning amiss.
+    let copied = info.flags & flag::AUTO_BUF_REG == 0;
+    let buffers = Buffers::new(info.queue_depth, if copied { info.max_io_buf_bytes } else { 0 })
+        .map_err(|error| failed("memory for the block device", &error))?;
+    let end = Instant::now() + Duration::from_secs(RECOVERY_S);
+    loop {
+        match control.start_recovery(device) {
+            Ok(()) => break,
+            // The old process's operations have not all ended (EBUSY), or the driver has not seen its end (EINVAL too,
+            // on 6.12, when one that recovered has died half-way).
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EINVAL)) => {
+                if Instant::now() > end {
+                    return Err(Refusal::timed_out(format!(
+                        "{node}: the driver still waits for the old data path"
+                    )));
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => return Err(failed("taking over the block device", &error)),
+        }
+    }
+    serve(origin, device, shows, info.queue_depth, buffers).map_err(|(what, error)| failed(what, &error))?;
+    control
+        .end_recovery(device)
+        .map_err(|error| failed("going on with the block device", &error))?;
+    tune(device, info.queue_depth, features);
+    Ok(())
 }
 
 /// No scheduler: the device below has one. And on kernels before 6.16 one request less than there are places: when a data
@@ -180,28 +247,64 @@ fn tune(device: u32, depth: u16, features: u64) {
     }
 }
 
-/// Ends a device. `force`: also when somebody uses it, whose I/O then fails. Raised (busy) otherwise.
-pub fn end_device(origin: &Origin, device: u32, force: bool) -> Result<()> {
+/// Ends the device of an origin; what its page cache holds is written first. `force`: also when somebody uses it, whose
+/// I/O then fails. Raised (busy) otherwise, (timed-out) when a disk holds it up: it may be tried again.
+pub fn end_origin_device(origin: &Origin, device: u32, force: bool) -> Result<()> {
     let node = node_of(device);
-    let mut control = open()?;
     let held = claim(&node, force)?;
-    if let Some(file) = &held {
-        // The driver fails writes that come after STOP, those of the page cache among them.
-        let flushed = file.sync_all();
-        if let (Err(error), false) = (flushed, force) {
-            return Err(Refusal::io(&format!("flushing {node}"), &error));
+    if let Some(file) = held {
+        // The driver fails writes that come after STOP, those of the page cache among them. The claim is kept until
+        // then: nobody mounts the node meanwhile.
+        let flushed = within(&format!("flushing {node}"), move || file.sync_all().map(|()| file));
+        match flushed {
+            Ok(claim) => return end(origin, device, Some(claim)),
+            Err(refusal) if !force => return Err(refusal),
+            Err(_) => {}
         }
     }
-    control
-        .stop(device)
-        .map_err(|error| Refusal::io(&format!("stopping {node}"), &error))?;
-    drop(held);
-    origin.ask(|answer| Letter::Unserve(device, answer))?;
-    control
-        .delete(device)
-        .map_err(|error| Refusal::io(&format!("removing {node}"), &error))
+    end(origin, device, None)
 }
 
+/// Ends the device of an image, whoever uses it.
+pub fn end_image_device(origin: &Origin, device: u32) -> Result<()> {
+    end(origin, device, None)
+}
+
+fn end(origin: &Origin, device: u32, claim: Option<File>) -> Result<()> {
+    let node = node_of(device);
+    let stopping = move || {
+        let stopped = Control::open()?.stop(device);
+        drop(claim);
+        match stopped {
+            // Gone already: it was tried before.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+            done => done,
+        }
+    };
+    within(&format!("stopping {node}"), stopping)?;
+    origin.ask(|answer| Letter::Unserve(device, answer))?;
+    match open()?.delete(device) {
+        Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
+            Err(Refusal::io(&format!("removing {node}"), &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Does on a thread of its own what a disk may hold up for ever. Raised (timed-out) when that takes too long; it goes on.
+fn within<T: Send + 'static>(what: &str, work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T> {
+    let (answer, answered) = sync_channel(1);
+    std::thread::Builder::new()
+        .name("device".into())
+        .stack_size(256 << 10)
+        .spawn(move || answer.send(work()))
+        .map_err(|error| Refusal::io(what, &error))?;
+    let done = answered.recv_timeout(Duration::from_secs(ANSWER_S));
+    let done = done.map_err(|_| Refusal::timed_out(format!("{what} takes too long: a disk owes an answer")))?;
+    done.map_err(|error| Refusal::io(what, &error))
+}
+
+/// A node that is in use, in words.
 pub fn used(node: &str) -> Refusal {
     Refusal::busy(format!(
         "{node} is in use: it is mounted, or another device or program holds it"

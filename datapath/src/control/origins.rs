@@ -315,8 +315,13 @@ impl Server {
             return Err(Refusal::busy(format!("{} clients use {name}", reading.clients)));
         }
         if !origin.mailbox.ended() {
+            let images = self.registry().image_devices(name);
+            for (snapshot, device) in images {
+                devices::end_image_device(&origin, device)?;
+                self.registry().forget_image_device(&snapshot, name);
+            }
             if let Some(device) = origin.attachment.ublk_id {
-                devices::end_device(&origin, device, force)?;
+                devices::end_origin_device(&origin, device, force)?;
                 // What was written until just now counts.
                 (reading, map, _) = origin.read()?;
             }

@@ -110,6 +110,10 @@ pub struct ImageInfo {
     pub writable: bool,
     pub chunk_size: u64,
     pub chunk_count: u64,
+    /// Its block device; "": it is an export of its origin's socket only.
+    pub path: String,
+    #[serde(skip)]
+    pub device: Option<u32>,
     /// Why it cannot be read; "": it can.
     pub error: String,
 }
@@ -161,6 +165,28 @@ impl Registry {
     pub fn snapshot(&self, id: &str) -> Result<SnapshotEntry> {
         let found = self.snapshots.get(id).cloned();
         found.ok_or_else(|| Refusal::not_found(format!("there is no snapshot {id}")))
+    }
+
+    /// The block devices of an origin's images, with their snapshots.
+    pub fn image_devices(&self, origin: &str) -> Vec<(String, u32)> {
+        let images = |entry: &SnapshotEntry| {
+            let mine = entry.images.iter().filter(|image| image.origin == origin);
+            mine.filter_map(|image| image.device).next()
+        };
+        let entries = self.snapshots.iter();
+        entries
+            .filter_map(|(id, entry)| Some((id.clone(), images(entry)?)))
+            .collect()
+    }
+
+    /// An image has no block device any more.
+    pub fn forget_image_device(&mut self, snapshot: &str, origin: &str) {
+        let entry = self.snapshots.get_mut(snapshot);
+        let images = entry.into_iter().flat_map(|entry| &mut entry.images);
+        for image in images.filter(|image| image.origin == origin) {
+            image.device = None;
+            image.path.clear();
+        }
     }
 
     /// The name of an origin by its handle, also when it has left.

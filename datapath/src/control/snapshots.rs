@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Operations on one snapshot but the take: create, destroy.
 
+use super::devices;
 use super::error::{Refusal, Result};
 use super::origins::check_uuid;
 use super::registry::{SnapshotEntry, SnapshotReading};
@@ -101,6 +102,10 @@ impl Server {
             // An origin that was detached by force took its image along.
             let origin = self.registry().origin(&image.origin);
             if let Ok(origin) = origin {
+                if let Some(device) = image.device {
+                    devices::end_image_device(&origin, device)?;
+                    self.registry().forget_image_device(id, &image.origin);
+                }
                 let asked = origin.ask(|answer| Letter::DropImage(id.to_owned(), answer));
                 asked.map_err(|refusal| match refusal.code {
                     "timed-out" => Refusal::timed_out(format!(

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Taking a snapshot: one instant over several origins, in two phases. Until the flip nothing has changed anywhere.
 
+use super::devices;
 use super::error::{Refusal, Result};
 use super::origins::{check_uuid, new_map};
 use super::registry::{ImageInfo, Origin, SnapshotEntry};
 use super::server::Server;
 use crate::cbt::{self, Geometry};
 use crate::engine::mail::{Closed, Flip, Letter};
-use crate::engine::{Image, IMAGES};
+use crate::engine::{Front, Image, IMAGES};
 use crate::mem::Shared;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -160,14 +161,14 @@ impl Server {
                 (answered, writable)
             })
             .collect();
-        let (mut images, mut infos, mut memory) = (Vec::new(), Vec::new(), Vec::new());
-        for (((answered, writable), origin), reset) in answers.into_iter().zip(&origins).zip(resets) {
+        let (mut infos, mut memory) = (Vec::new(), Vec::new());
+        for ((answered, writable), origin) in answers.into_iter().zip(&origins) {
             // A queue thread behind a closed gate has nothing that could hold it.
             let flipped = answered
                 .recv()
                 .map_err(|_| Refusal::invalid_state("a queue thread ended"))?;
             let numbers = flipped.map.numbers;
-            let info = ImageInfo {
+            infos.push(ImageInfo {
                 origin: origin.name.clone(),
                 size: flipped.geometry.size(),
                 generation: flipped.map.generation.clone(),
@@ -177,13 +178,21 @@ impl Server {
                 writable,
                 chunk_size: flipped.chunk_size,
                 chunk_count: flipped.chunk_count,
+                path: String::new(),
+                device: None,
                 error: String::new(),
-            };
-            infos.push(info.clone());
-            images.push(TakenImage { info, reset });
+            });
             memory.extend([flipped.map.taken, flipped.table, flipped.map.live]);
         }
         drop(gates);
+        if let Err(refusal) = show(&asked.snapshot, &origins, &mut infos) {
+            for origin in &origins {
+                let _ = origin.ask(|answer| Letter::DropImage(asked.snapshot.clone(), answer));
+            }
+            return Err(refusal);
+        }
+        let images = infos.iter().cloned().zip(resets);
+        let images = images.map(|(info, reset)| TakenImage { info, reset }).collect();
         if let Some(entry) = self.registry().snapshots.get_mut(&asked.snapshot) {
             entry.images = infos;
             entry.taken_at = taken_at;
@@ -229,6 +238,32 @@ impl Server {
         }
         Ok(origins)
     }
+}
+
+/// Gives the images of ublk origins their block devices: all, or none.
+fn show(id: &str, origins: &[Origin], infos: &mut [ImageInfo]) -> Result<()> {
+    for place in 0..infos.len() {
+        let (origin, info) = (&origins[place], &infos[place]);
+        if origin.attachment.front != Front::Ublk {
+            continue;
+        }
+        match devices::make_image_device(origin, id, info.size, info.writable) {
+            Ok(device) => {
+                infos[place].device = Some(device);
+                infos[place].path = devices::node_of(device);
+            }
+            Err(mut refusal) => {
+                for (origin, info) in origins.iter().zip(infos) {
+                    if let Some(device) = info.device {
+                        let _ = devices::end_image_device(origin, device);
+                    }
+                }
+                refusal.message += "; the snapshot was undone";
+                return Err(refusal);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Makes all that the flip of one origin needs. `fresh`: a new generation begins with it.

@@ -19,6 +19,28 @@ pub enum Shows {
     Image(String),
 }
 
+/// Where the bytes of requests go, unless their pages are used where they are. Allocated before anything is promised to
+/// the driver.
+#[derive(Debug)]
+pub struct Buffers {
+    memory: Option<Mapping>,
+    len: usize,
+}
+
+impl Buffers {
+    /// `len`: the longest request, when its bytes are to be copied; 0: they are not.
+    pub fn new(depth: u16, len: u32) -> io::Result<Self> {
+        debug_assert!(len <= MAX_IO);
+        let memory = match len {
+            0 => None,
+            // Populated: before 6.15 the driver repeats a request for ever whose pages are not there.
+            len => Some(Mapping::populated(usize::from(depth) * len as usize)?),
+        };
+        let len = len as usize;
+        Ok(Self { memory, len })
+    }
+}
+
 #[derive(Debug)]
 pub struct Queue {
     pub device: u32,
@@ -26,22 +48,14 @@ pub struct Queue {
     pub depth: u16,
     file: File,
     descriptors: Mapping,
-    /// None: the pages of requests are put into the ring's buffer table.
-    buffers: Option<Mapping>,
-    buffer_len: usize,
+    buffers: Buffers,
 }
 
 impl Queue {
-    /// `file`: the character device. `buffer_len`: the longest request, when its bytes are to be copied; 0: they are not.
-    pub fn new(device: u32, shows: Shows, depth: u16, buffer_len: u32, file: File) -> io::Result<Self> {
-        debug_assert!(buffer_len <= MAX_IO);
+    /// `file`: the character device.
+    pub fn new(device: u32, shows: Shows, depth: u16, buffers: Buffers, file: File) -> io::Result<Self> {
         // Exactly this length, rounded to a page: the driver refuses any other (ublk_ch_mmap).
         let descriptors = Mapping::of_driver(&file, usize::from(depth) * size_of::<Descriptor>())?;
-        let buffers = match buffer_len {
-            0 => None,
-            // Populated: before 6.15 the driver repeats a request for ever whose pages are not there.
-            len => Some(Mapping::populated(usize::from(depth) * len as usize)?),
-        };
         Ok(Self {
             device,
             shows,
@@ -49,7 +63,6 @@ impl Queue {
             file,
             descriptors,
             buffers,
-            buffer_len: buffer_len as usize,
         })
     }
 
@@ -69,7 +82,7 @@ impl Queue {
 
     /// Where the bytes of request `tag` are; None: in the ring's buffer table.
     pub fn buffer(&self, tag: u16) -> Option<Span> {
-        let place = usize::from(tag) * self.buffer_len;
-        self.buffers.as_ref().map(|memory| memory.span(place, self.buffer_len))
+        let Buffers { memory, len } = &self.buffers;
+        memory.as_ref().map(|memory| memory.span(usize::from(tag) * len, *len))
     }
 }
