@@ -72,8 +72,9 @@ class Comparison:
         self._rounds: list[_Round] = []
 
     async def warm(self) -> None:
-        """Fill the page cache; not counted."""
-        await self._round(0)
+        """One run that is not counted: the image has just been written and goes to the disk for the first time."""
+        async with datapath(self._binary, self._directory / "nbd") as path:
+            await self._run(OFF, path, 0)
 
     async def round(self, number: int, most_attempts: int) -> None:
         """Do a round, again while others use the machine; of all attempts the least disturbed counts."""
