@@ -18,12 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from blksnap_service import __version__, errors
+from blksnap_service import __version__, boot, errors, udevfiles
 from blksnap_service.authority import authority_of
 from blksnap_service.bus import paths, wire
 from blksnap_service.bus.tree import Tree, bus_id
 from blksnap_service.catalogue import Catalogue
 from blksnap_service.datapath.process import Datapath, check_socket_paths, find_binary
+from blksnap_service.persistent import SYSTEM_DIR, Record, Records
 from blksnap_service.service import Service
 from blksnap_service.udev import BlockDevices
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream=sys.stderr, level=options.log_level.upper(), format="blksnapd: %(levelname)s: %(message)s"
     )
     try:
-        asyncio.run(_run(options))
+        asyncio.run(_attach_at_boot(options) if options.attach_at_boot else _run(options))
     except errors.BlksnapError as error:
         _log.critical("%s", error)
         return 1
@@ -68,7 +69,9 @@ async def _run(options: argparse.Namespace) -> None:
             publisher = wire.Publisher(connection, paths.ROOT, wire.load_interfaces())
             tree = Tree(publisher, connection)
             datapath = Datapath(runtime_dir, binary)
-            service = Service(catalogue, datapath, BlockDevices(), storage_directory, tree)
+            records = Records(_absolute(options.persistent_dir))
+            blocks = BlockDevices(runtime_dir / udevfiles.DIRECTORY, records)
+            service = Service(catalogue, datapath, blocks, storage_directory, tree, records)
             try:
                 identity = await bus_id(connection)
                 tree.serve(service, authority_of(options.authority), identity)
@@ -86,6 +89,34 @@ async def _run(options: argparse.Namespace) -> None:
                 service.close()
         finally:
             connection.close()
+
+
+async def _attach_at_boot(options: argparse.Namespace) -> None:
+    """Track one device without a bus. Raises ``errors.BlksnapError``."""
+    os.umask(0o077)
+    runtime_dir, state_dir = _absolute(options.runtime_dir), _absolute(options.state_dir)
+    records = Records(_absolute(options.persistent_dir))
+    ours = runtime_dir / udevfiles.DIRECTORY
+
+    async def track(catalogue: Catalogue, record: Record) -> None:
+        binary = find_binary(options.datapath and _absolute(options.datapath))
+        _make_private(runtime_dir, "runtime")
+        service = Service(
+            catalogue,
+            Datapath(runtime_dir, binary),
+            BlockDevices(ours, records),
+            state_dir / "storage",
+            boot.Silence(),
+            records,
+        )
+        try:
+            await service.attach_recorded(record)
+        finally:
+            service.close()
+
+    await boot.attach(
+        options.attach_at_boot, records, BlockDevices(ours, records), lambda: Catalogue(state_dir), track
+    )
 
 
 async def _serve(service: Service, connection: wire.Connection, stop: asyncio.Event) -> None:
@@ -137,6 +168,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=SYSTEM_RUNTIME_DIR if root else _user_dir("XDG_RUNTIME_DIR", ".cache"),
         help="sockets; their names are part of NBD URIs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--persistent-dir",
+        type=Path,
+        default=SYSTEM_DIR if root else _user_dir("XDG_CONFIG_HOME", ".config") / "attach",
+        help="which block devices are tracked after every boot (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--attach-at-boot",
+        default="",
+        metavar="NAME",
+        help="track that one of them, without a message bus, and end; for blksnap-attach@NAME.service",
     )
     parser.add_argument(
         "--datapath", type=Path, metavar="PATH", help="the program blksnap-datapath (default: searched)"

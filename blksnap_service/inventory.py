@@ -40,7 +40,10 @@ class Watcher(Protocol):
 
 
 class Follower(Protocol):
-    """Is told what happened to block devices that are tracked; must not raise."""
+    """Is told what happened to block devices that are or should be tracked; must not raise."""
+
+    def device_found(self, device: Device) -> None:
+        """A device that is to be tracked always is there."""
 
     def device_lost(self, device: Device) -> None:
         """The device is gone, or another medium is in its place; its object stays."""
@@ -63,7 +66,7 @@ class Inventory:
         """Keep added image files in ``table``; nothing is listed before ``load``.
 
         ``pinned`` gives the names of devices that stay listed even when they are gone: those that are tracked.
-        ``follower`` is told about those.
+        ``follower`` is told about those, and about devices that are to be tracked always.
         """
         self._table = table
         self._pinned = pinned
@@ -90,6 +93,13 @@ class Inventory:
         if device is None:
             raise errors.NotFound(f"there is no device {name} (any more)")
         return device
+
+    def by_key(self, key: str) -> Device:
+        """Return the block device of that ``stable_key``. Raises ``errors.NotFound``."""
+        for device in self._devices.values():
+            if device.stable_key == key:
+                return device
+        raise errors.NotFound(f"there is no block device {key} (any more)")
 
     async def load(self, needed: frozenset[str]) -> None:
         """List everything and start watching for new block devices.
@@ -218,6 +228,8 @@ class Inventory:
         self._put(now)
         if not tracked:
             self._lost.discard(now.name)
+            if self._follower is not None and before is None and now.node_name:
+                self._follower.device_found(now)
         elif self._follower is not None and before is not None and before.size != now.size:
             self._follower.device_resized(now)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blksnap_service import durable, errors
@@ -34,6 +34,7 @@ _PROPERTIES = (
     ("ID_FS_UUID_ENC", "fsuuid"),
 )
 """udev properties that outlive a boot, best first, in the order of 62-blksnap.rules."""
+_WORDS = {True: "yes", False: "no"}
 _DISK_ONLY = {"ID_WWN_WITH_EXTENSION", "ID_SERIAL", "MD_UUID"}
 """Partitions have them from their disk."""
 
@@ -47,6 +48,8 @@ class Record:
     owner_uid: int
     backend: str
     block_size: int
+    bypass: bool = True
+    """Whether it is to be used untracked when it cannot be tracked at boot, rather than not at all."""
 
 
 def stable_key(properties: Mapping[str, str], kernel_name: str) -> str:
@@ -103,15 +106,16 @@ class Records:
         if not device.stable_key:
             raise errors.NotSupported(f"{device.path} is no block device: it needs no record")
         known = self.all()
-        if device.stable_key in known:
-            name = known[device.stable_key].name
+        if (before := known.get(device.stable_key)) is not None:
+            record = replace(before, owner_uid=owner_uid, backend=backend, block_size=block_size)
         else:
             name = _free_name(device, {record.name for record in known.values()})
-        record = Record(device.stable_key, name, owner_uid, backend, block_size)
+            record = Record(device.stable_key, name, owner_uid, backend, block_size)
         text = (
             f"# {device.path} is tracked after every boot. Written by blksnapd; see blksnapctl(8).\n"
             f"BLKSNAP_ATTACH={record.name}\nBLKSNAP_ATTACH_UID={record.owner_uid}\n"
             f"BLKSNAP_ATTACH_BACKEND={record.backend}\nBLKSNAP_ATTACH_BLOCK_SIZE={record.block_size}\n"
+            f"BLKSNAP_ATTACH_BYPASS={_WORDS[record.bypass]}\n"
         )
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -165,10 +169,14 @@ def _parse(key: str, text: str) -> Record:
         if not value.isascii() or not value.isdigit():
             raise ValueError(f"{field}={value!r} is no number")
         numbers[field] = int(value)
+    bypass = values.get("BLKSNAP_ATTACH_BYPASS", "yes")
+    if bypass not in _WORDS.values():
+        raise ValueError(f"BLKSNAP_ATTACH_BYPASS={bypass!r} is neither yes nor no")
     return Record(
         key,
         name,
         numbers["BLKSNAP_ATTACH_UID"],
         values.get("BLKSNAP_ATTACH_BACKEND", ""),
         numbers["BLKSNAP_ATTACH_BLOCK_SIZE"],
+        bypass == _WORDS[True],
     )

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +26,9 @@ from blksnap_service.catalogue import Catalogue, TrackerEntry
 from blksnap_service.datapath.model import Event
 from blksnap_service.datapath.process import Datapath
 from blksnap_service.devices import Device, escape
+from blksnap_service.devicewatch import DeviceWatch
 from blksnap_service.inventory import Inventory
+from blksnap_service.persistent import Record, Records
 from blksnap_service.snapshots import Snapshots
 from blksnap_service.storage import Identity
 from blksnap_service.tracker import Backend, Tracker
@@ -59,8 +62,9 @@ class Service:
         blocks: BlockDevices,
         storage_directory: Path,
         watcher: Watcher,
+        records: Records | None = None,
     ) -> None:
-        """Put the parts together; nothing happens before ``start``."""
+        """Put the parts together; nothing happens before ``start``. ``records`` are the devices to be tracked always."""
         self._catalogue = catalogue
         self._datapath = datapath
         self._watcher = watcher
@@ -74,8 +78,10 @@ class Service:
         )
         self.storage_directory = storage_directory
         self.registry = Registry(catalogue, self._backends, watcher, self._made_of)
+        self._records = records or Records()
+        self._devices = DeviceWatch(self.registry, self._attach_found)
         self.inventory = Inventory(
-            catalogue.images, blocks, watcher, lambda: {name for name, _ in self.registry}
+            catalogue.images, blocks, watcher, lambda: {name for name, _ in self.registry}, self._devices
         )
         engine = DatapathEngine(datapath)
         engines = {"ublk": engine, "nbd": engine}
@@ -84,10 +90,20 @@ class Service:
     async def start(self, bus_id: str) -> None:
         """List devices, connect to the data path and adopt what runs. Raises ``errors.NotAvailable`` without a data path."""
         self._bus_id = bus_id
+        await self._connect()
+        await self.reconcile()
+        self._devices.begin()
+
+    async def attach_recorded(self, record: Record) -> None:
+        """Instead of ``start``: track one device that is to be tracked always, unless it is (``boot``). Raises as ``attach``."""
+        await self._connect()
+        await self._adopt_running()
+        await self._attach_record(record)
+
+    async def _connect(self) -> None:
         needed = {entry.key for entry in self._catalogue.trackers}
         await self.inventory.load(frozenset(needed))
         await self._datapath.connect(self._events.put_nowait, self._events.put_nowait)
-        await self.reconcile()
 
     async def run(self) -> None:
         """Follow events and keep readings fresh, until cancelled."""
@@ -97,9 +113,53 @@ class Service:
 
     def close(self) -> None:
         """Let go of everything; trackers and snapshots go on without this service."""
+        self._devices.close()
         self.registry.close()
         self.inventory.close()
         self._datapath.close()
+
+    async def attach(
+        self, device: Device, *, owner_uid: int, backend: str, block_size: int, persistent: bool
+    ) -> None:
+        """Attach a tracker, after every boot too if ``persistent``. Raises as ``Registry.attach``."""
+        if not persistent or device.kind != "block":
+            await self.registry.attach(
+                device, owner_uid=owner_uid, backend=backend, block_size=block_size, persistent=persistent
+            )
+            return
+        known = device.stable_key in await asyncio.to_thread(self._records.all)
+        record = await asyncio.to_thread(
+            self._records.remember, device, owner_uid=owner_uid, backend=backend, block_size=block_size
+        )
+        try:
+            device = replace(device, node_name=record.name)
+            await self.registry.attach(
+                device, owner_uid=owner_uid, backend=backend, block_size=block_size, persistent=True
+            )
+        except BaseException:
+            if not known:
+                await asyncio.to_thread(self._records.forget, device.stable_key)
+            raise
+        if self.registry.get(device.name).entry.insert:
+            # Under a device that is mounted at boot it is put again by the service itself.
+            await asyncio.to_thread(self._records.forget, device.stable_key)
+
+    async def _attach_found(self, device: Device) -> None:
+        for record in (await asyncio.to_thread(self._records.all)).values():
+            if record.key == device.stable_key:
+                await self._attach_record(record)
+
+    async def _attach_record(self, record: Record) -> None:
+        device = self.inventory.by_key(record.key)
+        if device.name not in self.registry:
+            await self.registry.attach(
+                device,
+                owner_uid=record.owner_uid,
+                backend=record.backend,
+                block_size=record.block_size,
+                persistent=True,
+            )
+            _log.info("%s is tracked again, as it is to be after every boot", device.path)
 
     async def detach(self, device: Device, *, force: bool) -> None:
         """Detach a tracker. Raises ``errors.Busy`` (snapshots, clients) unless forced, and ``errors.NotTracked``."""
@@ -110,6 +170,9 @@ class Service:
                 f"{device.path} is part of snapshot {which}: destroy that first, or give the option force"
             )
         await self.registry.detach(device, force=force)
+        await asyncio.to_thread(self._records.forget, device.stable_key)
+        # One that is gone was only listed for its tracker.
+        self.inventory.refresh_soon()
         for one in covering:
             await self.snapshots.refresh(one)
 
@@ -128,6 +191,21 @@ class Service:
 
     async def reconcile(self) -> None:
         """Bring trackers and snapshots in step with what the backends run."""
+        await self._adopt_running()
+        tried = [entry.key for entry in self.registry.ended()]
+        for entry in self.registry.ended():
+            await self._resume(entry)
+        for entry in self._catalogue.trackers:
+            if entry.key not in self.registry and entry.key not in tried:
+                await self._replace_lost(entry)
+        await self.snapshots.adopt(self._bus_id)
+        for record in (await asyncio.to_thread(self._records.all)).values():
+            try:
+                await self._attach_record(record)
+            except errors.BlksnapError as error:
+                _log.error("%s is to be tracked always, but cannot be now: %s", record.name, error)
+
+    async def _adopt_running(self) -> None:
         known = {
             entry.origin: Identity.parse(entry.identity)
             for entry in self._catalogue.trackers
@@ -137,13 +215,6 @@ class Service:
             for tracker, path in await backend.discover(known):
                 if self.registry.by_origin(tracker.origin) is None:
                     await self._adopt(backend.info.name, tracker, path)
-        tried = [entry.key for entry in self.registry.ended()]
-        for entry in self.registry.ended():
-            await self._resume(entry)
-        for entry in self._catalogue.trackers:
-            if entry.key not in self.registry and entry.key not in tried:
-                await self._replace_lost(entry)
-        await self.snapshots.adopt(self._bus_id)
 
     async def _adopt(self, backend: str, tracker: Tracker, path: str) -> None:
         entry = next((one for one in self._catalogue.trackers if one.origin == tracker.origin), None)
@@ -196,6 +267,10 @@ class Service:
         """Deal with a tracker that ended while no service ran: attach it again if it is to be there always."""
         if not entry.persistent:
             _log.warning("%s is not tracked any more: what tracked it has ended", entry.path)
+            await self._catalogue.trackers.drop(entry.key)
+            return
+        if not entry.insert and Identity.parse(entry.identity or "0:1").is_device:
+            # Another disk may have its name now: the record says which one it is.
             await self._catalogue.trackers.drop(entry.key)
             return
         try:

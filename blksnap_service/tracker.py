@@ -113,6 +113,9 @@ class Tracker(Protocol):
     async def mark_all(self) -> None:
         """Mark everything."""
 
+    async def resize(self) -> None:
+        """Go by the present size of the origin, which has grown. Raises ``errors.Busy`` when that has to wait."""
+
     async def note_end(self) -> None:
         """Note what ``Backend.resume`` must know, now that the backend has ended."""
 

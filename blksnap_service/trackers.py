@@ -236,10 +236,25 @@ class Registry:
         if now.generation != before.generation:
             reason = reason or "the map could not be trusted any more"
             await self._note_reset(name, tracked, reason)
+        elif now.state == "broken" != before.state:
+            await self._note_reset(name, tracked, now.reason)
         if _visible(now) != _visible(before):
             self._watcher.tracker_changed(name)
         if now.generation != before.generation:
             self._watcher.generation_started(name, now.generation, reason)
+
+    def trouble(self, name: str) -> str | None:
+        """Return why a tracker is broken, empty if it is not, None if there is no tracker."""
+        if (tracked := self._tracked.get(name)) is None:
+            return None
+        last = tracked.tracker.last
+        return (last.reason or "it does not say why") if last.state == "broken" else ""
+
+    async def resize(self, name: str) -> None:
+        """Have a tracker go by the present size of its device. Raises what the backend raises."""
+        async with self.lock(name):
+            if (tracked := self._tracked.get(name)) is not None:
+                await tracked.tracker.resize()
 
     async def taken(self, name: str, reason: str) -> None:
         """Tell what a take changed; ``reason`` is why it began a new generation, if it did."""
@@ -336,7 +351,7 @@ class Registry:
     async def _note_reset(self, name: str, tracked: Tracked, reason: str) -> None:
         entry = replace(tracked.entry, last_reset=reason)
         self._tracked[name] = replace(tracked, entry=entry)
-        _log.warning("a new generation of %s began: %s", entry.path, reason)
+        _log.warning("the history of %s ended: %s", entry.path, reason)
         try:
             await self._catalogue.trackers.put(entry)
         except errors.BlksnapError as error:

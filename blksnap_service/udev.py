@@ -173,15 +173,17 @@ def drain(monitor: Any) -> None:
 def _own(entry: Any, ours: Mapping[str, OurDevice]) -> OurDevice | None:
     """Return what a device is to the data path if it is one of its own, or a partition or device-mapper device of one."""
     name, directory = str(entry.sys_name), Path(entry.sys_path)
-    if (own := ours.get(name)) is not None:
-        return own if own.role != "origin" else None
-    if (directory / "partition").exists() and (own := ours.get(directory.parent.name)) is not None:
-        return own if own.role != "origin" else None
-    if not _read(directory / "dm" / "uuid").startswith("BLKSNAP-"):
-        return None
-    # A node over our ublk device; without a tracker (``boot``) right over the origin.
-    below = [link.name for link in directory.glob("slaves/*")]
-    return next((ours[name] for name in below if name in ours), OurDevice("node", below[0] if below else ""))
+    if _read(directory / "dm" / "uuid").startswith("BLKSNAP-"):
+        # Over a ublk device of ours; without a tracker (``boot``) right over the origin.
+        below = [link.name for link in directory.glob("slaves/*")]
+        return next(
+            (ours[one] for one in below if one in ours and ours[one].role != "origin"), None
+        ) or OurDevice("node", below[0] if below else "")
+    if (directory / "partition").exists() and name not in ours:
+        name = directory.parent.name
+        return ours.get(name) if name.startswith("ublkb") else None
+    own = ours.get(name)
+    return own if own is not None and own.role != "origin" else None
 
 
 def _device(

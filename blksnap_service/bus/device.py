@@ -54,7 +54,7 @@ class Device:
                 "block size 0 is no block size; leave the option out for the usual one"
             )
         uid = await self._context.allow(call, [self.device])
-        await self._service.registry.attach(
+        await self._service.attach(
             self.device,
             owner_uid=uid,
             backend=chosen.get("backend", ""),

@@ -20,3 +20,4 @@ pub mod snapshot;
 pub mod storage;
 pub mod sys;
 pub mod ublk;
+pub mod udev;

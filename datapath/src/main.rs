@@ -63,6 +63,8 @@ fn run(directory: &Path) -> Result<(), Failure> {
     let listener = UnixListener::bind(&path).map_err(|error| failed("cannot listen on", &path, &error))?;
     let bell = Bell::new().map_err(|error| (1, format!("no event descriptor: {error}")))?;
     let server = Arc::new(Server::new(directory.to_owned(), bell));
+    // Nothing is served yet: what the last one said is not true any more.
+    server.udev.forget_all();
     for (name, work) in [("maintenance", None), ("listener", Some(listener))] {
         let server = Arc::clone(&server);
         std::thread::Builder::new()

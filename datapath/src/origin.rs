@@ -3,9 +3,11 @@
 
 use crate::mem::Span;
 use crate::sys::{self, Node};
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
 
 /// How a read that should not wait can be made without the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,10 @@ pub struct Origin {
     file: File,
     node: Node,
     inline: Inline,
+    /// Where sysfs has it for as long as it is there; None for a file, and where there is no sysfs.
+    listed: Option<CString>,
+    /// Another number is another medium. 0: not known, or a device-mapper device, whose table may change.
+    diskseq: u64,
     pub read_only: bool,
 }
 
@@ -33,10 +39,17 @@ impl Origin {
             (false, true) => Inline::Memory,
             (false, false) => Inline::NoWait,
         };
+        let listed = node.block.then(|| sys::sysfs_of(node.identity.0));
+        let is_dm = node.block && sys::sysfs_of(node.identity.0).join("dm").exists();
+        let diskseq = if is_dm { 0 } else { sys::diskseq(&file).unwrap_or(0) };
         Self {
+            diskseq,
             file,
             node,
             inline,
+            listed: listed
+                .filter(|path| path.exists())
+                .and_then(|path| CString::new(path.into_os_string().into_vec()).ok()),
             read_only,
         }
     }
@@ -78,8 +91,14 @@ impl Origin {
         sys::write_at(self.fd(), from, offset)
     }
 
-    /// What the file or device is now.
+    /// What the file or device is now. Fails with ENODEV when the device is gone or has another medium: an open
+    /// partition keeps its size, and a card reader takes writes for whatever card is in it.
     pub fn stat(&self) -> io::Result<Node> {
+        if self.listed.as_ref().is_some_and(|path| !sys::exists(path))
+            || (self.diskseq != 0 && sys::diskseq(&self.file).is_ok_and(|now| now != self.diskseq))
+        {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
         sys::node(&self.file)
     }
 

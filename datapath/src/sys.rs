@@ -2,11 +2,13 @@
 //! System calls that the standard library lacks, one thin function each. No policy.
 
 use crate::mem::Span;
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
@@ -165,6 +167,27 @@ pub fn node(file: &File) -> io::Result<Node> {
         identity: (stat.rdev(), 0),
         modified_ns: 0,
     })
+}
+
+/// The sequence number of the disk and its medium (linux/fs.h, `BLKGETDISKSEQ`; 5.15). Fails for a file.
+pub fn diskseq(file: &File) -> io::Result<u64> {
+    const BLKGETDISKSEQ: libc::Ioctl = 0x8008_1280_u32 as libc::Ioctl;
+    let mut sequence = 0_u64;
+    // SAFETY: the ioctl writes a u64.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKGETDISKSEQ, &raw mut sequence) })?;
+    Ok(sequence)
+}
+
+/// Where sysfs has a block device (Documentation/ABI/testing/sysfs-dev).
+pub fn sysfs_of(device: u64) -> PathBuf {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+}
+
+/// Whether there is such a name; allocates nothing.
+pub fn exists(path: &CStr) -> bool {
+    // SAFETY: the path ends with a zero byte.
+    unsafe { libc::access(path.as_ptr(), libc::F_OK) == 0 }
 }
 
 /// The uid of the process at the other end.

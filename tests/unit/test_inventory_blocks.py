@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blksnap_service import errors
 from blksnap_service.catalogue import Catalogue
 from blksnap_service.devices import Device
 from blksnap_service.inventory import Inventory
@@ -30,6 +31,10 @@ class Rig:
         self.tracked: set[str] = set()
         self.told: list[str] = []
         self.inventory = Inventory(catalogue.images, self.blocks, self.watcher, lambda: self.tracked, self)
+
+    def device_found(self, device: Device) -> None:
+        """Write it down."""
+        self.told.append(f"found {device.path}")
 
     def device_lost(self, device: Device) -> None:
         """Write it down."""
@@ -124,6 +129,17 @@ async def test_a_block_device_keeps_its_object_beside_a_file_of_its_name(rig: Ri
     assert rig.watcher.told == ["+device sda", "+device sda__2"]
     await rig.see()
     assert rig.watcher.told[-1] == "-device sda__2"
+
+
+async def test_a_device_that_is_to_be_tracked_always_is_told_when_it_comes(rig: Rig) -> None:
+    """A disk that is plugged in late; not again while it stays."""
+    always = replace(SDA, stable_key="serial-x", node_name="backup")
+    await rig.see(always)
+    await rig.see(replace(always, id_label="new"))
+    assert rig.told == ["found /dev/sda"]
+    assert rig.inventory.by_key("serial-x").name == "sda"
+    with pytest.raises(errors.NotFound, match="serial-y"):
+        rig.inventory.by_key("serial-y")
 
 
 async def test_the_node_of_a_tracker_is_its_origin(rig: Rig) -> None:

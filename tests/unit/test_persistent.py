@@ -66,6 +66,16 @@ def test_a_device_keeps_its_name_when_the_kernel_gives_it_another(tmp_path: Path
     assert records.remember(moved, owner_uid=0, backend="ublk", block_size=0).name == "sdb1"
 
 
+def test_what_an_administrator_forbade_stays_forbidden(tmp_path: Path) -> None:
+    """Attaching again writes the file anew."""
+    records = Records(tmp_path)
+    records.remember(SDB1, owner_uid=0, backend="", block_size=0)
+    file = tmp_path / SDB1.stable_key
+    file.write_text(file.read_text().replace("BYPASS=yes", "BYPASS=no"))
+    assert not records.remember(SDB1, owner_uid=5, backend="", block_size=0).bypass
+    assert not records.named("sdb1").bypass
+
+
 def test_two_devices_of_one_name_are_told_apart(tmp_path: Path) -> None:
     """The first one's name stays its own."""
     records = Records(tmp_path)
@@ -105,6 +115,7 @@ def test_a_forgotten_device_is_not_found(tmp_path: Path) -> None:
         ("", "BLKSNAP_ATTACH=''"),
         ("BLKSNAP_ATTACH=../x\n", "BLKSNAP_ATTACH='../x'"),
         ("BLKSNAP_ATTACH=x\nBLKSNAP_ATTACH_UID=-1\n", "BLKSNAP_ATTACH_UID='-1'"),
+        ("BLKSNAP_ATTACH=x\nBLKSNAP_ATTACH_BYPASS=maybe\n", "neither yes nor no"),
     ],
 )
 def test_a_damaged_record_is_said_and_left_alone(

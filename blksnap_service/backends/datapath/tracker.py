@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
@@ -129,6 +130,12 @@ class DatapathTracker:
     async def mark_all(self) -> None:
         """Mark everything."""
         await self._client().origin_mark_all(self.origin)
+
+    async def resize(self) -> None:
+        """Begin a new generation that counts by the present size. Raises ``errors.Busy`` while a snapshot is held."""
+        reason = "the size of the device changed"
+        with await self._client().origin_reset(self.origin, str(uuid.uuid4()), reason) as maps:
+            self.hold(maps)
 
 
 def _devices(identity: Identity, placement: Placement) -> frozenset[Identity]:

@@ -13,6 +13,7 @@ use crate::engine::{Engine, Front, Map, Setup};
 use crate::mem::{Shared, PAGE};
 use crate::origin;
 use crate::sys;
+use crate::udev;
 use serde::Deserialize;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -243,6 +244,12 @@ impl Server {
             }
         }
         self.registry().origins.insert(asked.origin.clone(), entry.clone());
+        if node.block {
+            if let Some(name) = udev::kernel_name(node.identity.0) {
+                self.udev.say(&name, udev::Role::Origin);
+                udev::look_again(&name);
+            }
+        }
         self.maps_of(&entry)
     }
 
@@ -329,6 +336,10 @@ impl Server {
         }
         self.registry().origins.remove(name);
         let _ = std::fs::remove_file(&origin.socket);
+        if let Some(name) = udev::kernel_name(origin.identity.0).filter(|_| origin.identity.1 == 0) {
+            self.udev.forget(&name);
+            udev::look_again(&name);
+        }
         if !reading.suspicion.is_empty() {
             // Nobody may continue this map.
             (reading.state, reading.reason) = ("broken", reading.suspicion);

@@ -7,6 +7,7 @@ use super::registry::Registry;
 use super::request::{Envelope, Then};
 use crate::snapshot::Bell;
 use crate::sys;
+use crate::udev;
 use serde_json::{json, Value};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,6 +23,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct Server {
     directory: PathBuf,
+    pub udev: udev::Files,
     pub bell: Bell,
     registry: Mutex<Registry>,
     structure: Mutex<()>,
@@ -32,6 +34,7 @@ pub struct Server {
 impl Server {
     pub fn new(directory: PathBuf, bell: Bell) -> Self {
         Self {
+            udev: udev::Files::new(&directory),
             directory,
             bell,
             registry: Mutex::default(),

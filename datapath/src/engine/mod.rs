@@ -310,6 +310,9 @@ impl Engine {
         match self.setup.origin.stat() {
             Ok(now) if now.size >= self.setup.geometry.size() => {}
             Ok(_) => self.break_origin("the image file or device became smaller"),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
+                self.break_origin("the device is gone, or another medium is in it");
+            }
             Err(_) => self.break_origin("the image file or device cannot be looked at any more"),
         }
     }

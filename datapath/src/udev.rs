@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! What udev is told about origins and about devices of ours, in files its rules read (docs/datapath-protocol.md, "What
+//! udev is told"; dbus/udev). Nothing here can fail an operation: without udev there is nobody to be told.
+
+use std::fmt::Write;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What a block device is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role<'a> {
+    /// It is tracked: used by way of its node only.
+    Origin,
+    /// Ours over the origin of that kernel name, below the device-mapper device that is its node.
+    Device { origin: &'a str },
+    /// Ours over an origin, and its node.
+    Node { origin: &'a str },
+    /// An image; `name` is its name in `/dev/blksnap/SNAPSHOT/`.
+    Image {
+        origin: &'a str,
+        snapshot: &'a str,
+        name: &'a str,
+    },
+}
+
+impl Role<'_> {
+    fn lines(self) -> String {
+        let mut text = String::new();
+        let mut line = |key, value: &str| {
+            // A value ends with its line; none of ours has two, and what is not plain is not passed on.
+            let plain = value
+                .chars()
+                .filter(|one| one.is_ascii_alphanumeric() || "_.:+-".contains(*one));
+            let _ = writeln!(text, "BLKSNAP_{key}={}", plain.collect::<String>());
+        };
+        match self {
+            Self::Origin => line("ROLE", "origin"),
+            Self::Device { origin } => {
+                line("ROLE", "device");
+                line("ORIGIN", origin);
+            }
+            Self::Node { origin } => {
+                line("ROLE", "node");
+                line("ORIGIN", origin);
+            }
+            Self::Image { origin, snapshot, name } => {
+                line("ROLE", "image");
+                line("ORIGIN", origin);
+                line("SNAPSHOT", snapshot);
+                line("NAME", name);
+            }
+        }
+        text
+    }
+}
+
+/// The directory `udev` in the runtime directory.
+#[derive(Clone, Debug)]
+pub struct Files {
+    directory: PathBuf,
+}
+
+impl Files {
+    pub fn new(runtime_directory: &Path) -> Self {
+        Self {
+            directory: runtime_directory.join("udev"),
+        }
+    }
+
+    /// Says what the device `kernel_name` is for. For a device of ours: before it appears. It may be said again.
+    pub fn say(&self, kernel_name: &str, role: Role<'_>) {
+        if let Err(error) = self.write(kernel_name, role) {
+            eprintln!("blksnap-datapath: udev is not told about {kernel_name}: {error}");
+        }
+    }
+
+    fn write(&self, kernel_name: &str, role: Role<'_>) -> io::Result<()> {
+        fs::create_dir_all(&self.directory)?;
+        // Never half a file: a rule may read it at any time. A name with a dot in front is no device's.
+        let part = self.directory.join(format!(".{kernel_name}"));
+        fs::write(&part, role.lines())?;
+        fs::rename(part, self.directory.join(kernel_name))
+    }
+
+    /// The device is nobody's any more.
+    pub fn forget(&self, kernel_name: &str) {
+        let _ = fs::remove_file(self.directory.join(kernel_name));
+    }
+
+    /// Forgets what a data path said that ended without a word and has left nothing to go on with; its origins are looked
+    /// at again.
+    pub fn forget_all(&self) {
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let _ = fs::remove_file(entry.path());
+            if let Some(name) = entry.file_name().to_str() {
+                look_again(name);
+            }
+        }
+    }
+}
+
+/// Has udev look at a device again (Documentation/ABI/testing/sysfs-uevent).
+pub fn look_again(kernel_name: &str) {
+    // Not there, no sysfs, not permitted: then nobody has a wrong idea of it either.
+    let _ = fs::write(format!("/sys/class/block/{kernel_name}/uevent"), "change");
+}
+
+/// What the kernel calls the block device of that number; None when it is not there (any more).
+pub fn kernel_name(device: u64) -> Option<String> {
+    let target = fs::read_link(crate::sys::sysfs_of(device)).ok()?;
+    Some(target.file_name()?.to_str()?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("blksnap-udev-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    #[test]
+    fn what_is_said_can_be_read_and_forgotten() {
+        let runtime = directory("say");
+        let files = Files::new(&runtime);
+        files.say("nosuch0", Role::Origin);
+        let image = Role::Image {
+            origin: "sdb1",
+            snapshot: "0b1f5c3e-9a0d-4c52-8f4e-8d8d2a6c1e55",
+            name: "sdb1",
+        };
+        files.say("ublkb7", image);
+        let read = |name: &str| fs::read_to_string(runtime.join("udev").join(name));
+        assert_eq!(read("nosuch0").unwrap(), "BLKSNAP_ROLE=origin\n");
+        assert_eq!(
+            read("ublkb7").unwrap(),
+            "BLKSNAP_ROLE=image\nBLKSNAP_ORIGIN=sdb1\nBLKSNAP_SNAPSHOT=0b1f5c3e-9a0d-4c52-8f4e-8d8d2a6c1e55\nBLKSNAP_NAME=sdb1\n"
+        );
+        files.forget("ublkb7");
+        assert!(read("ublkb7").is_err());
+        files.forget_all();
+        assert_eq!(fs::read_dir(runtime.join("udev")).unwrap().count(), 0);
+        fs::remove_dir_all(runtime).unwrap();
+    }
+
+    #[test]
+    fn a_value_cannot_say_more_than_itself() {
+        let role = Role::Device {
+            origin: "sdb1\nBLKSNAP_ROLE=node/$env{X}",
+        };
+        assert_eq!(
+            role.lines(),
+            "BLKSNAP_ROLE=device\nBLKSNAP_ORIGIN=sdb1BLKSNAP_ROLEnodeenvX\n"
+        );
+    }
+}
