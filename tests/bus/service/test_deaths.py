@@ -23,9 +23,9 @@ async def load(uri: str, seconds: int, *, patience: bool = True) -> dict[str, An
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report"
         process = await asyncio.create_subprocess_exec(
-            # Without its server fio complains into its report for ever: it must not outlive this process.
+            # Without its server fio complains into its report for ever: one process, which must not outlive this one.
             "setpriv", "--pdeathsig", "KILL", "--",
-            "fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k", "--iodepth=8",
+            "fio", "--thread", "--name=load", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k", "--iodepth=8",
             "--size=16M", "--time_based", f"--runtime={seconds}", "--verify=crc32c", "--verify_backlog=512",
             "--verify_state_save=0", "--thinktime=200", "--output-format=json", f"--output={report}",
             cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
