@@ -38,7 +38,9 @@ async def load(uri: str, seconds: int, *, patience: bool = True) -> dict[str, An
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-        job: dict[str, Any] = json.loads(report.read_text())["jobs"][0]
+        # With --thread a line about the connection comes first.
+        text = report.read_text()
+        job: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
         assert job["error"] == 0
         return job
 
