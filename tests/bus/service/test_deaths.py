@@ -38,6 +38,7 @@ async def load(uri: str, seconds: int, *, patience: bool = True) -> dict[str, An
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            await process.wait()
         # With --thread a line about the connection comes first.
         text = report.read_text()
         job: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
