@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! `blksnap-datapath --runtime-dir DIR`: the process that serves I/O (docs/datapath-protocol.md).
+//! `blksnap-datapath --runtime-dir DIR`: the process that serves I/O (docs/datapath-protocol.md); with `--hold` the one
+//! that starts it again when it dies.
 
 use blksnap_datapath::control::server::Server;
 use blksnap_datapath::snapshot::Bell;
-use blksnap_datapath::sys;
+use blksnap_datapath::store::{Inherited, Name};
+use blksnap_datapath::{hold, lock, recover, sys};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -12,12 +14,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-const USAGE: &str = "usage: blksnap-datapath --runtime-dir DIR\n       blksnap-datapath --version";
+const USAGE: &str = "usage: blksnap-datapath [--hold] --runtime-dir DIR\n       blksnap-datapath --version";
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let words: Vec<_> = arguments.iter().map(|word| word.to_str()).collect();
-    let directory = match words.as_slice() {
+    let result = match words.as_slice() {
         [Some("--version")] => {
             println!("blksnap-datapath {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
@@ -26,14 +28,15 @@ fn main() -> ExitCode {
             println!("{USAGE}");
             return ExitCode::SUCCESS;
         }
-        [Some("--runtime-dir"), _] => PathBuf::from(&arguments[1]),
+        [Some("--runtime-dir"), _] => run(&PathBuf::from(&arguments[1])).map(|()| 0),
+        [Some("--hold"), Some("--runtime-dir"), _] => hold::run(&PathBuf::from(&arguments[2])),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
         }
     };
-    match run(&directory) {
-        Ok(()) => ExitCode::SUCCESS,
+    match result {
+        Ok(status) => ExitCode::from(status),
         Err((status, text)) => {
             eprintln!("blksnap-datapath: {text}");
             ExitCode::from(status)
@@ -51,20 +54,47 @@ fn run(directory: &Path) -> Result<(), Failure> {
     sys::private_files();
     // Before any other thread exists, so that all inherit it.
     let signals = sys::Signals::block();
+    let found = Inherited::take().map_err(|error| (1, format!("the descriptor store cannot be reached: {error}")))?;
+    let Inherited {
+        store,
+        mut fds,
+        strangers,
+    } = found;
     let nbd = directory.join("nbd");
     std::fs::create_dir_all(&nbd).map_err(|error| failed("cannot make", &nbd, &error))?;
-    let _lock = lock(&directory.join("datapath.pid"))?;
+    let path = directory.join("datapath.pid");
+    let (lock, stored) = match fds.remove(&Name::Lock) {
+        Some(lock) => (File::from(lock), true),
+        None => (lock::take(&path)?, false),
+    };
+    lock::write_pid(&lock).map_err(|error| failed("cannot write", &path, &error))?;
     sys::raise_file_limit();
     if let Err(error) = sys::lock_memory() {
         eprintln!("blksnap-datapath: memory cannot be locked ({error}); under memory pressure I/O may wait for paging");
     }
-    let path = directory.join("datapath.sock");
-    let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).map_err(|error| failed("cannot listen on", &path, &error))?;
     let bell = Bell::new().map_err(|error| (1, format!("no event descriptor: {error}")))?;
-    let server = Arc::new(Server::new(directory.to_owned(), bell));
-    // Nothing is served yet: what the last one said is not true any more.
-    server.udev.forget_all();
+    let life = recover::life_after(fds.keys());
+    let server = Arc::new(Server::new(directory.to_owned(), bell, Arc::new(store), life));
+    if life == 1 {
+        // Nothing goes on: what the last one said is not true any more.
+        server.udev.forget_all();
+    }
+    let keep = |name, fd| server.keep_one(name, fd).map_err(|error| (1, error.to_string()));
+    keep(Name::Lock, (!stored).then_some(lock.as_fd()))?;
+    let path = directory.join("datapath.sock");
+    let (listener, stored) = match fds.remove(&Name::Control) {
+        Some(listener) => (UnixListener::from(listener), true),
+        None => {
+            let _ = std::fs::remove_file(&path);
+            let listener = UnixListener::bind(&path);
+            (
+                listener.map_err(|error| failed("cannot listen on", &path, &error))?,
+                false,
+            )
+        }
+    };
+    keep(Name::Control, (!stored).then_some(listener.as_fd()))?;
+    recover::run(&server, fds, &strangers).map_err(|text| (1, text))?;
     for (name, work) in [("maintenance", None), ("listener", Some(listener))] {
         let server = Arc::clone(&server);
         std::thread::Builder::new()
@@ -76,30 +106,13 @@ fn run(directory: &Path) -> Result<(), Failure> {
             })
             .map_err(|error| (1, format!("no thread: {error}")))?;
     }
+    server
+        .watch_keeper()
+        .map_err(|error| (1, format!("no thread: {error}")))?;
     ready();
+    server.store.ready();
     signals.wait();
     server.stop(true).map_err(|refusal| (1, refusal.message))
-}
-
-/// The pid file, locked for as long as it is open.
-fn lock(path: &Path) -> Result<File, Failure> {
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(|error| failed("cannot open", path, &error))?;
-    sys::lock_exclusively(&file).map_err(|error| match error.raw_os_error() {
-        Some(libc::EWOULDBLOCK) => (3, format!("another data path serves {}", path.display())),
-        _ => failed("cannot lock", path, &error),
-    })?;
-    let write = |file: &mut File| {
-        file.set_len(0)?;
-        writeln!(file, "{}", std::process::id())
-    };
-    write(&mut file).map_err(|error| failed("cannot write", path, &error))?;
-    Ok(file)
 }
 
 /// Tells whoever started us, and lets go of its pipe.

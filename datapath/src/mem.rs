@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, AtomicU8};
+use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 
 pub const PAGE: usize = 4096;
 
@@ -135,6 +135,7 @@ impl Span {
 /// A memfd that the data path writes and the service reads.
 #[derive(Debug)]
 pub struct Shared {
+    id: u64,
     mapping: Mapping,
     len: usize,
     reader: OwnedFd,
@@ -161,7 +162,43 @@ impl Shared {
             return Err(io::Error::last_os_error());
         }
         let reader = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into();
-        Ok(Self { mapping, len, reader })
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Ok(Self {
+            id,
+            mapping,
+            len,
+            reader,
+        })
+    }
+
+    /// New memory with the content of that behind `reader`, which a process that died has left.
+    pub fn copy_of(name: &std::ffi::CStr, reader: &File) -> io::Result<Self> {
+        let len = reader.metadata()?.len();
+        let copy = Self::new(name, len as usize, false)?;
+        let mut at = 0;
+        // Holes stay holes: a chunk table is mostly one.
+        while let Ok(data) = crate::sys::seek(reader.as_raw_fd(), at, libc::SEEK_DATA) {
+            at = data;
+            let end = crate::sys::seek(reader.as_raw_fd(), at, libc::SEEK_HOLE)
+                .unwrap_or(len)
+                .min(len);
+            while at < end {
+                let into = copy.span(at as usize, (end - at) as usize);
+                match crate::sys::read_at(reader.as_raw_fd(), into, at, true) {
+                    Ok(0) | Err(libc::EIO) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(count) => at += count as u64,
+                    Err(libc::EINTR) => {}
+                    Err(errno) => return Err(io::Error::from_raw_os_error(errno)),
+                }
+            }
+        }
+        Ok(copy)
+    }
+
+    /// Names it in this process: no other memory has or had this number.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     pub fn len(&self) -> usize {
@@ -207,7 +244,6 @@ impl Shared {
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::sync::atomic::Ordering;
 
     #[test]
     fn the_reader_of_shared_memory_sees_writes_and_cannot_make_any() {
@@ -219,6 +255,20 @@ mod tests {
         assert_eq!((seen.len(), seen[4999]), (5000, 7));
         assert!(reader.write(b"x").is_err());
         assert!(reader.set_len(1).is_err());
+    }
+
+    #[test]
+    fn a_copy_has_the_same_bytes_and_another_number() {
+        let shared = Shared::new(c"test", 300_000, false).expect("memfd");
+        for place in [0, 4095, 150_000, 299_999] {
+            shared.bytes(place, 1)[0].store(7, Ordering::Relaxed);
+        }
+        let reader: File = shared.reader().try_clone().expect("dup").into();
+        let copy = Shared::copy_of(c"copy", &reader).expect("copy");
+        assert_eq!(copy.span(0, 300_000).bytes(), shared.span(0, 300_000).bytes());
+        assert_ne!(copy.id(), shared.id());
+        copy.bytes(0, 1)[0].store(8, Ordering::Relaxed);
+        assert_eq!(shared.bytes(0, 1)[0].load(Ordering::Relaxed), 7);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use crate::mem::Span;
 use io_uring::{opcode, squeue, types::Fd, types::Fixed, types::FsyncFlags, types::Timespec, IoUring};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 /// What an operation was for: a kind and two numbers, carried through the kernel as `user_data`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +98,15 @@ impl Ring {
         Ok(Self { inner })
     }
 
+    /// Holds a copy of `fd` until the ring itself is gone, which the kernel does only when its last operation has ended.
+    ///
+    /// A process that dies leaves its ring to the kernel: writes may land long after. The other end of a pipe tells.
+    /// Makes the file table, with `places` more for [`Self::register_file`].
+    pub fn hold(&mut self, fd: BorrowedFd<'_>, places: u32) -> io::Result<()> {
+        self.inner.submitter().register_files_sparse(places + 1)?;
+        self.register_file(places, Some(fd.as_raw_fd()))
+    }
+
     fn push(&mut self, entry: squeue::Entry, token: Token) {
         let entry = entry.user_data(token.encode());
         loop {
@@ -164,9 +173,8 @@ impl Ring {
         self.push(entry, token);
     }
 
-    /// Tables for what block devices need: `files` registered files, `buffers` places for the pages of requests.
-    pub fn make_tables(&mut self, files: u32, buffers: u32) -> io::Result<()> {
-        self.inner.submitter().register_files_sparse(files)?;
+    /// The table for what block devices need: `buffers` places for the pages of requests.
+    pub fn make_table(&mut self, buffers: u32) -> io::Result<()> {
         self.inner.submitter().register_buffers_sparse(buffers)
     }
 

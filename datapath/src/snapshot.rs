@@ -2,12 +2,14 @@
 //! What the queue threads of a snapshot's origins, the maintenance thread and the control side share of it.
 //!
 //! The images themselves belong to the queue threads (`engine::image`). A failure is one atomic word: queue threads set
-//! it without allocating, the maintenance thread turns it into words and an event.
+//! it without allocating, the maintenance thread turns it into words and an event. It is in the snapshot's page, so that
+//! a snapshot that failed stays failed whatever becomes of the process.
 
+use crate::pages::snapshot::Page;
 use crate::storage::Storage;
 use crate::sys;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 /// Wakes the maintenance thread.
@@ -42,6 +44,8 @@ pub enum Cause {
     Stalled = 4,
     /// The origin was detached by force.
     Detached = 5,
+    /// Its memory was not there any more after the data path died.
+    Lost = 6,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,34 +62,35 @@ pub struct Snapshot {
     pub storage: Storage,
     /// As asked for at creation; 0 = by the rule for each origin.
     pub chunk_size: u64,
-    failure: AtomicU64,
+    pub page: Page,
     bell: Bell,
 }
 
 impl Snapshot {
-    pub fn new(id: String, storage: Storage, chunk_size: u64, bell: Bell) -> Self {
+    pub fn new(id: String, storage: Storage, chunk_size: u64, page: Page, bell: Bell) -> Self {
         Self {
             id,
             storage,
             chunk_size,
-            failure: AtomicU64::new(0),
+            page,
             bell,
         }
     }
 
     pub fn failed(&self) -> bool {
-        self.failure.load(Ordering::Relaxed) != 0
+        self.page.failure().load(Ordering::Relaxed) != 0
     }
 
     pub fn failure(&self) -> Option<Failure> {
-        let word = self.failure.load(Ordering::Acquire);
+        let word = self.page.failure().load(Ordering::Acquire);
         let cause = match (word >> 56) as u8 {
             0 => return None,
             1 => Cause::NoSpace,
             2 => Cause::Storage,
             3 => Cause::Origin,
             4 => Cause::Stalled,
-            _ => Cause::Detached,
+            5 => Cause::Detached,
+            _ => Cause::Lost,
         };
         Some(Failure {
             cause,
@@ -100,7 +105,8 @@ impl Snapshot {
             | u64::from(failure.origin) << 16
             | u64::from(failure.errno.unsigned_abs() & 0xffff);
         if self
-            .failure
+            .page
+            .failure()
             .compare_exchange(0, word, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
         {
@@ -130,7 +136,13 @@ mod tests {
         let path = std::env::temp_dir().join(format!("blksnap-snapshot-{}", std::process::id()));
         let storage = Storage::new(file.open(&path).expect("file"), 1 << 20, 0, 0).expect("storage");
         std::fs::remove_file(path).expect("remove");
-        let snapshot = Snapshot::new("id".into(), storage, 0, Bell::new().expect("bell"));
+        let snapshot = Snapshot::new(
+            "id".into(),
+            storage,
+            0,
+            Page::new().expect("page"),
+            Bell::new().expect("bell"),
+        );
         assert_eq!(snapshot.failure(), None);
         let first = Failure {
             cause: Cause::NoSpace,

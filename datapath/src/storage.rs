@@ -37,6 +37,15 @@ impl Storage {
     ///
     /// Raised (EINVAL) when a file has no limit, (ENOSPC, EROFS, …) when the first step cannot be allocated.
     pub fn new(file: File, limit: u64, low_space: u64, step: u64) -> io::Result<Self> {
+        let storage = Self::unready(file, limit, low_space, step)?;
+        match storage.grow() {
+            Ok(()) => Ok(storage),
+            Err(errno) => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    /// As [`Self::new`], of a storage that was in use: nothing is known of what it has. [`Self::resume`] has to follow.
+    pub fn unready(file: File, limit: u64, low_space: u64, step: u64) -> io::Result<Self> {
         let node = sys::node(&file)?;
         let limit = match (limit, node.block) {
             (0, false) => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
@@ -50,7 +59,7 @@ impl Storage {
         }
         .clamp(1, limit.max(1));
         let low_space = if low_space == 0 { limit / 10 } else { low_space };
-        let storage = Self {
+        Ok(Self {
             file,
             grows: !node.block,
             limit,
@@ -61,11 +70,16 @@ impl Storage {
             low: AtomicBool::new(false),
             errno: AtomicI32::new(0),
             growing: AtomicBool::new(false),
-        };
-        match storage.grow() {
-            Ok(()) => Ok(storage),
-            Err(errno) => Err(io::Error::from_raw_os_error(errno)),
-        }
+        })
+    }
+
+    /// Goes on behind `used`. What the file has is asked for once more from its start: what is there already costs
+    /// nothing. A failure to grow is kept, as always.
+    pub fn resume(&self, used: u64) {
+        self.used.store(used, Ordering::Relaxed);
+        let left = self.limit.saturating_sub(used);
+        self.low.store(left <= self.low_space, Ordering::Relaxed);
+        let _ = self.grow();
     }
 
     pub fn file(&self) -> &File {
@@ -192,6 +206,18 @@ mod tests {
         storage.grow().expect("grown");
         assert_eq!(storage.allocated(), 3 * MIB);
         assert_eq!(storage.file().metadata().expect("stat").len(), 3 * MIB);
+    }
+
+    #[test]
+    fn a_storage_that_was_in_use_goes_on_behind_what_is_used() {
+        let file = file();
+        let before = Storage::new(file.try_clone().expect("dup"), 4 * MIB, MIB, MIB).expect("storage");
+        before.take(3 * MIB).expect("room");
+        let after = Storage::unready(file, 4 * MIB, MIB, MIB).expect("storage");
+        after.resume(3 * MIB);
+        assert_eq!((after.used(), after.allocated(), after.low()), (3 * MIB, 4 * MIB, true));
+        assert_eq!(after.take(MIB).expect("room").offset, 3 * MIB);
+        assert_eq!(after.take(1), Err(libc::ENOSPC));
     }
 
     #[test]

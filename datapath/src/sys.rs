@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! System calls that the standard library lacks, one thin function each. No policy.
 
+pub mod process;
+
 use crate::mem::Span;
 use std::ffi::CStr;
 use std::fs::File;

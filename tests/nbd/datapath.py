@@ -174,14 +174,14 @@ class Snapshot:
 class Datapath:
     """A running data path with a directory of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *options: str) -> None:
         """Start it and wait until it is ready. Raises ``AssertionError`` with its log."""
         self.directory = directory
         self.log = directory / "datapath.log"
         self._names = iter(f"o{number}" for number in range(1_000_000))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [find_binary(), "--runtime-dir", directory], stdout=subprocess.PIPE, stderr=log
+                [find_binary(), *options, "--runtime-dir", directory], stdout=subprocess.PIPE, stderr=log
             )
         assert self.process.stdout is not None
         with self.process.stdout as ready:

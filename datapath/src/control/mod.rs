@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The border to the service: docs/datapath-protocol.md in code. Decides nothing that the service could decide.
 //!
-//! [`devices`] are block devices in /dev, [`framing`] is lines with descriptors, [`request`] their meaning, [`registry`] what exists, [`take`] the one instant,
+//! [`devices`] are block devices in /dev, [`framing`] is lines with descriptors, [`request`] their meaning, [`registry`]
+//! what exists, [`keeping`] what outlives the process, [`take`] the one instant,
 //! [`server`] who is connected, [`maintenance`] growth and events. All of it may block and allocate: no I/O passes here.
 
 pub mod devices;
 pub mod error;
 pub mod framing;
 pub mod insertion;
+pub mod keeping;
 pub mod leftovers;
 pub mod maintenance;
 pub mod node;

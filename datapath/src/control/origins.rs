@@ -3,15 +3,17 @@
 
 use super::devices::{self, Attachment};
 use super::error::{Refusal, Result};
+use super::keeping::{self, keeps, OriginConf, VERSION};
 use super::registry::{Origin, Registry};
 use super::server::Server;
 use super::take::Gates;
 use crate::cbt::{self, Geometry, Numbers};
 use crate::engine::mail::{Letter, Mailbox};
 use crate::engine::reading::Reading;
-use crate::engine::{Engine, Front, Map, Setup};
+use crate::engine::{Engine, Front, Map, Resumed, Setup};
 use crate::mem::{Shared, PAGE};
 use crate::origin;
+use crate::pages::state;
 use crate::sys;
 use crate::udev;
 use serde::Deserialize;
@@ -155,8 +157,7 @@ impl Server {
             if used(&registry) {
                 return Err(Refusal::busy("this file or device is the storage of a snapshot"));
             }
-            registry.handles += 1;
-            registry.handles
+            registry.next_handle()
         };
         if !node.block {
             sys::lock_file(&file).map_err(|error| match error.raw_os_error() {
@@ -185,6 +186,25 @@ impl Server {
         let listener = UnixListener::bind(&socket)
             .map_err(|error| Refusal::io(&format!("the socket {}", socket.display()), &error))?;
         let mailbox = Arc::new(Mailbox::new().map_err(|error| Refusal::io("an event descriptor", &error))?);
+        let conf = OriginConf {
+            version: VERSION,
+            handle,
+            name: asked.origin.clone(),
+            label: asked.label.clone(),
+            block_size: asked.block_size,
+            read_only: asked.read_only,
+            tracking: asked.tracking,
+            front: asked.front,
+            ublk_id: None,
+            state: state_page.id(),
+        };
+        let (ring_life, ring_held) = sys::process::pipe().map_err(|error| Refusal::io("a pipe", &error))?;
+        let kept = self.keep_origin(
+            &conf,
+            Some((&file, &listener)),
+            &ring_life,
+            [&state_page, &live, &taken],
+        )?;
         let mut entry = Origin {
             name: asked.origin.clone(),
             handle,
@@ -199,6 +219,7 @@ impl Server {
                 ..Attachment::default()
             },
             last: Arc::default(),
+            kept: keeps(kept),
         };
         let setup = Setup {
             handle,
@@ -222,7 +243,11 @@ impl Server {
             listener,
             mailbox,
             bell: self.bell.clone(),
+            ring_held,
+            resumed: Resumed::default(),
         };
+        setup.state().write(state_page.words(0, state::WORDS));
+        self.store_sync()?;
         Engine::start(setup, state_page).map_err(|error| {
             let _ = std::fs::remove_file(&socket);
             Refusal::io(
@@ -235,6 +260,7 @@ impl Server {
                 Ok(device) => {
                     entry.attachment.ublk_id = Some(device);
                     entry.attachment.node = devices::node_of(device);
+                    self.keep_device(&entry, &conf, device)?;
                 }
                 Err(refusal) => {
                     let _ = entry.ask(Letter::End);
@@ -298,8 +324,11 @@ impl Server {
             taken_sequence: map.taken_sequence + 1,
             epoch: map.epoch + 1,
         };
+        let (live, taken) = (self.keep_memory(&map.live)?, self.keep_memory(&map.taken)?);
+        self.store_sync()?;
         origin.ask(|answer| Letter::Reset { map, geometry, answer })?;
         drop(gates);
+        keeping::changed(&origin.kept, Some(live), taken);
         self.maps_of(&origin)
     }
 
@@ -340,6 +369,9 @@ impl Server {
             self.udev.forget(&name);
             udev::look_again(&name);
         }
+        keeping::forget(&origin.kept);
+        // The lock on its file is held until the store has let go of it, too.
+        self.store_sync()?;
         if !reading.suspicion.is_empty() {
             // Nobody may continue this map.
             (reading.state, reading.reason) = ("broken", reading.suspicion);

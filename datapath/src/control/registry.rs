@@ -3,6 +3,7 @@
 
 use super::devices::{self, Attachment};
 use super::error::{Refusal, Result};
+use super::keeping::{Keeps, KeptOrigin, KeptSnapshot};
 use crate::cbt::Geometry;
 use crate::engine::mail::{Letter, Mailbox};
 use crate::engine::reading::Reading;
@@ -32,6 +33,7 @@ pub struct Origin {
     pub socket: PathBuf,
     pub attachment: Attachment,
     pub last: Arc<Mutex<Option<(Reading, Map)>>>,
+    pub kept: Keeps<KeptOrigin>,
 }
 
 impl Origin {
@@ -124,6 +126,9 @@ pub struct SnapshotEntry {
     pub storage_identity: (u64, u64),
     pub taken_at: u64,
     pub images: Vec<ImageInfo>,
+    /// Taken map and chunk table of each image.
+    pub memory: Vec<[Arc<Shared>; 2]>,
+    pub kept: Keeps<KeptSnapshot>,
     /// Events that have been told.
     pub told_low: bool,
     pub told_failed: bool,
@@ -160,6 +165,12 @@ impl Registry {
     pub fn origin(&self, name: &str) -> Result<Origin> {
         let found = self.origins.get(name).cloned();
         found.ok_or_else(|| Refusal::not_found(format!("origin {name} is not tracked")))
+    }
+
+    /// A number for an origin or a snapshot that nothing has or had.
+    pub fn next_handle(&mut self) -> u32 {
+        self.handles += 1;
+        self.handles
     }
 
     pub fn snapshot(&self, id: &str) -> Result<SnapshotEntry> {
@@ -234,5 +245,6 @@ pub fn describe(cause: Cause, errno: i32) -> String {
         Cause::Origin => format!("old data of the origin could not be read: {error}"),
         Cause::Stalled => "the difference storage did not finish a write in time".into(),
         Cause::Detached => "its origin was detached".into(),
+        Cause::Lost => "its chunks were lost when the data path died".into(),
     }
 }

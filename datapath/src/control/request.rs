@@ -158,6 +158,7 @@ impl Server {
                 features.extend(ublk.available.then_some("ublk"));
                 let hello = json!({
                     "protocol": PROTOCOL, "version": version, "pid": pid, "features": features, "ublk": ublk,
+                    "survives": self.store.works(), "life": self.life,
                 });
                 answer(hello, vec![])
             }
@@ -223,6 +224,13 @@ impl Server {
                 let OneSnapshot { snapshot } = read(arguments)?;
                 let registry = self.registry();
                 answer(registry.reading(&registry.snapshot(&snapshot)?), vec![])
+            }
+            "snapshot.maps" => {
+                let OneSnapshot { snapshot } = read(arguments)?;
+                let registry = self.registry();
+                let entry = registry.snapshot(&snapshot)?;
+                let memory = entry.memory.iter().flatten().cloned().collect();
+                answer(registry.reading(&entry), memory)
             }
             "snapshot.destroy" => {
                 let OneSnapshot { snapshot } = read(arguments)?;

@@ -3,17 +3,20 @@
 
 use super::error::{Refusal, Result};
 use super::framing::{Lines, Sender};
+use super::keeping;
 use super::registry::Registry;
 use super::request::{Envelope, Then};
 use crate::snapshot::Bell;
+use crate::store::{Kept, Name, Store};
 use crate::sys;
 use crate::udev;
 use serde_json::{json, Value};
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 /// Control connections at a time.
@@ -29,10 +32,19 @@ pub struct Server {
     structure: Mutex<()>,
     pub subscribers: Mutex<Vec<Arc<Sender>>>,
     connections: AtomicUsize,
+    pub store: Arc<Store>,
+    /// How many processes have served this directory without an end in order, with this one.
+    pub life: u64,
+    /// Memory in the store, by id.
+    pub memory: Mutex<HashMap<u64, Weak<Kept>>>,
+    /// What is in the store for the process as a whole.
+    pub kept: Mutex<Vec<Kept>>,
+    /// Events that the first subscriber is told.
+    pub untold: Mutex<Vec<Value>>,
 }
 
 impl Server {
-    pub fn new(directory: PathBuf, bell: Bell) -> Self {
+    pub fn new(directory: PathBuf, bell: Bell, store: Arc<Store>, life: u64) -> Self {
         Self {
             udev: udev::Files::new(&directory),
             directory,
@@ -41,7 +53,40 @@ impl Server {
             structure: Mutex::default(),
             subscribers: Mutex::default(),
             connections: AtomicUsize::new(0),
+            store,
+            life,
+            memory: Mutex::default(),
+            kept: Mutex::default(),
+            untold: Mutex::default(),
         }
+    }
+
+    /// Keeps what is there once, for the process as a whole; None: the store has it already.
+    pub fn keep_one(&self, name: Name, fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
+        let kept = match fd {
+            Some(fd) => self.store.keep(name, fd)?,
+            None => self.store.adopt(name),
+        };
+        self.kept.lock().expect("a panic aborts the process").push(kept);
+        Ok(())
+    }
+
+    /// Notices the end of the keeper when it comes: it is our parent.
+    pub fn watch_keeper(self: &Arc<Self>) -> std::io::Result<()> {
+        if !self.store.works() {
+            return Ok(());
+        }
+        let parent = sys::process::watch_process(sys::process::parent())?;
+        let server = Arc::clone(self);
+        let watch = move || {
+            while let Ok([false]) = sys::process::poll(&[parent.as_fd()], None).as_deref() {}
+            server.store.lose("it ended");
+        };
+        std::thread::Builder::new()
+            .name("keeper".into())
+            .stack_size(64 << 10)
+            .spawn(watch)
+            .map(drop)
     }
 
     /// What exists. Never held while waiting for anything.
@@ -107,7 +152,13 @@ impl Server {
             };
             match then {
                 Then::GoOn => {}
-                Then::Subscribe => self.subscribers().push(Arc::clone(&sender)),
+                Then::Subscribe => {
+                    self.subscribers().push(Arc::clone(&sender));
+                    let untold = std::mem::take(&mut *self.untold.lock().expect("a panic aborts the process"));
+                    for event in untold {
+                        self.publish(&event);
+                    }
+                }
                 Then::Stop => std::process::exit(0),
             }
         }
@@ -176,6 +227,12 @@ impl Server {
                 _ => {}
             }
         }
+        for entry in self.registry().snapshots.values() {
+            keeping::forget(&entry.kept);
+        }
+        self.kept.lock().expect("a panic aborts the process").clear();
+        // A keeper that does not answer holds descriptors until it does.
+        let _ = self.store.sync();
         let _ = std::fs::remove_file(self.directory.join("datapath.sock"));
         Ok(())
     }

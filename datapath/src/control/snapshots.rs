@@ -3,10 +3,12 @@
 
 use super::devices;
 use super::error::{Refusal, Result};
+use super::keeping::{self, keeps, SnapshotConf, VERSION};
 use super::origins::check_uuid;
 use super::registry::{SnapshotEntry, SnapshotReading};
 use super::server::Server;
 use crate::engine::mail::Letter;
+use crate::pages::snapshot::Page;
 use crate::snapshot::Snapshot;
 use crate::storage::Storage;
 use crate::sys;
@@ -54,6 +56,7 @@ impl Server {
         }
         let _structure = self.structure();
         let file = File::from(fd);
+        let handle = self.registry().next_handle();
         let node = sys::node(&file).map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL) => Refusal::invalid("the storage is neither a regular file nor a block device"),
             _ => Refusal::io("the difference storage", &error),
@@ -79,12 +82,33 @@ impl Server {
         }
         let storage = Storage::new(file, asked.limit, asked.low_space, asked.step)
             .map_err(|error| Refusal::io("the difference storage", &error))?;
-        let snapshot = Snapshot::new(asked.snapshot.clone(), storage, asked.chunk_size, self.bell.clone());
+        let page = Page::new().map_err(|error| Refusal::io("memory", &error))?;
+        let conf = SnapshotConf {
+            version: VERSION,
+            handle,
+            id: asked.snapshot.clone(),
+            limit: asked.limit,
+            low_space: asked.low_space,
+            step: asked.step,
+            chunk_size: asked.chunk_size,
+            page: page.memory().id(),
+        };
+        let kept = self.keep_snapshot(&conf, Some(storage.file()), &page, Vec::new())?;
+        self.store_sync()?;
+        let snapshot = Snapshot::new(
+            asked.snapshot.clone(),
+            storage,
+            asked.chunk_size,
+            page,
+            self.bell.clone(),
+        );
         let entry = SnapshotEntry {
             snapshot: Arc::new(snapshot),
             storage_identity: node.identity,
             taken_at: 0,
             images: Vec::new(),
+            memory: Vec::new(),
+            kept: keeps(kept),
             told_low: false,
             told_failed: false,
             told_full: false,
@@ -98,6 +122,8 @@ impl Server {
     pub fn destroy(&self, id: &str) -> Result<()> {
         let _structure = self.structure();
         let entry = self.registry().snapshot(id)?;
+        // Before any origin stops keeping its chunks: from here on a process after us must not show it.
+        entry.snapshot.page.leave();
         for image in &entry.images {
             // An origin that was detached by force took its image along.
             let origin = self.registry().origin(&image.origin);
@@ -117,6 +143,7 @@ impl Server {
             }
         }
         self.registry().snapshots.remove(id);
-        Ok(())
+        keeping::forget(&entry.kept);
+        self.store_sync()
     }
 }

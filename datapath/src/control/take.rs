@@ -3,6 +3,7 @@
 
 use super::devices;
 use super::error::{Refusal, Result};
+use super::keeping;
 use super::origins::{check_uuid, new_map};
 use super::registry::{ImageInfo, Origin, SnapshotEntry};
 use super::server::Server;
@@ -131,6 +132,11 @@ impl Server {
             .zip(&origins)
             .map(|(device, origin)| prepare(&entry, device, origin, None))
             .collect::<Result<Vec<_>>>()?;
+        let mut kept = flips
+            .iter()
+            .map(|flip| self.keep_flip(flip))
+            .collect::<Result<Vec<_>>>()?;
+        self.store_sync()?;
 
         let gates = Gates::close(&origins, Duration::from_millis(asked.timeout_ms))?;
         let mut resets = Vec::new();
@@ -145,6 +151,8 @@ impl Server {
             if !closed.suspicion.is_empty() {
                 let geometry = Geometry::new(closed.node.size, origin.block_size)?;
                 flips[place] = prepare(&entry, device, origin, Some(geometry))?;
+                kept[place] = self.keep_flip(&flips[place])?;
+                self.store_sync()?;
             }
             resets.push(closed.suspicion);
         }
@@ -162,6 +170,7 @@ impl Server {
             })
             .collect();
         let (mut infos, mut memory) = (Vec::new(), Vec::new());
+        let mut records = Vec::new();
         for ((answered, writable), origin) in answers.into_iter().zip(&origins) {
             // A queue thread behind a closed gate has nothing that could hold it.
             let flipped = answered
@@ -182,10 +191,18 @@ impl Server {
                 device: None,
                 error: String::new(),
             });
+            records.push(keeping::record(origin.handle, &flipped, &origin.name, writable));
             memory.extend([flipped.map.taken, flipped.table, flipped.map.live]);
         }
+        // All of it or nothing, for a process after us: the gates are still closed.
+        entry.snapshot.page.take(taken_at, &records);
         drop(gates);
+        for (origin, kept) in origins.iter().zip(&kept) {
+            keeping::changed(&origin.kept, kept.live.clone(), Arc::clone(&kept.taken));
+        }
+        keeping::took(&entry.kept, kept);
         if let Err(refusal) = show(&asked.snapshot, &origins, &mut infos) {
+            entry.snapshot.page.leave();
             for origin in &origins {
                 let _ = origin.ask(|answer| Letter::DropImage(asked.snapshot.clone(), answer));
             }
@@ -194,8 +211,13 @@ impl Server {
         let images = infos.iter().cloned().zip(resets);
         let images = images.map(|(info, reset)| TakenImage { info, reset }).collect();
         if let Some(entry) = self.registry().snapshots.get_mut(&asked.snapshot) {
+            for (place, info) in infos.iter().enumerate() {
+                info.device
+                    .inspect(|device| entry.snapshot.page.set_device(place, *device));
+            }
             entry.images = infos;
             entry.taken_at = taken_at;
+            entry.memory = memory.chunks_exact(3).map(image_memory).collect();
         }
         Ok((Taken { taken_at, images }, memory))
     }
@@ -264,6 +286,11 @@ fn show(id: &str, origins: &[Origin], infos: &mut [ImageInfo]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Taken map and chunk table, out of what a take answers for one image.
+fn image_memory(answer: &[Arc<Shared>]) -> [Arc<Shared>; 2] {
+    [Arc::clone(&answer[0]), Arc::clone(&answer[1])]
 }
 
 /// Makes all that the flip of one origin needs. `fresh`: a new generation begins with it.

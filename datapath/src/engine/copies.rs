@@ -179,7 +179,7 @@ impl Engine {
         }
     }
 
-    fn store_old(&mut self, place: usize, slot: u32) {
+    pub(super) fn store_old(&mut self, place: usize, slot: u32) {
         let image = self.images[place].as_mut().expect("a copy keeps its image");
         match image.snapshot.room(image.chunk_size()) {
             Err(errno) => self.copy_failed(place, slot, Cause::NoSpace, errno),

@@ -3,7 +3,7 @@
 
 use super::piece::List;
 use crate::cbt::{Geometry, Numbers};
-use crate::cow::Chunks;
+use crate::cow::{Chunks, Recovered, Source};
 use crate::mem::{Shared, Span, PAGE};
 use crate::snapshot::Snapshot;
 use std::io;
@@ -76,9 +76,29 @@ impl Image {
         taken: Arc<Shared>,
         writable: bool,
     ) -> io::Result<Self> {
+        let (_, _, _, len) = layout(geometry.size().div_ceil(chunk_size), chunk_size);
+        let table = Arc::new(Shared::new(c"blksnap-chunks", len, false)?);
+        Self::with_table(snapshot, geometry, chunk_size, taken, table, writable)
+    }
+
+    /// The image whose chunks `table` tells. Raised (InvalidData) when it does not fit.
+    pub fn with_table(
+        snapshot: Arc<Snapshot>,
+        geometry: Geometry,
+        chunk_size: u64,
+        taken: Arc<Shared>,
+        table: Arc<Shared>,
+        writable: bool,
+    ) -> io::Result<Self> {
         let size = geometry.size();
         let chunk_count = size.div_ceil(chunk_size);
         let (_, _, slots, len) = layout(chunk_count, chunk_size);
+        if table.len() != len {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "no chunk table of this image",
+            ));
+        }
         let nothing = Copy {
             chunk: 0,
             len: 0,
@@ -89,7 +109,7 @@ impl Image {
             store_wait: List::EMPTY,
         };
         Ok(Self {
-            table: Arc::new(Shared::new(c"blksnap-chunks", len, false)?),
+            table,
             snapshot,
             taken,
             geometry,
@@ -113,6 +133,33 @@ impl Image {
     /// Whether it is the image of this snapshot, and stays.
     pub fn serves(&self, id: &str) -> bool {
         self.snapshot.id == id && self.leaving.is_none()
+    }
+
+    /// Puts right what a process that died left in the table; before any I/O. Copies that still have to be stored get
+    /// their staging slots back and are `busy`. Returns where the used part of the storage ends.
+    ///
+    /// Of a snapshot that failed nothing is put right. Raised (InvalidData) when the table cannot be one that we wrote.
+    pub fn recover(&mut self) -> io::Result<u64> {
+        let failed = self.failed();
+        let wrong = || io::Error::new(io::ErrorKind::InvalidData, "a chunk table that contradicts itself");
+        let mut end = 0;
+        for chunk in 0..self.chunk_count {
+            let recovered = match failed {
+                false => self.chunks().recover(chunk),
+                true => Recovered::Nothing,
+            };
+            if let Recovered::Store(slot) = recovered {
+                let (_, len) = self.extent(chunk);
+                let copy = self.copies.get_mut(slot as usize).filter(|copy| !copy.busy);
+                let copy = copy.ok_or_else(wrong)?;
+                (copy.chunk, copy.len, copy.busy) = (chunk, len, true);
+                self.free.retain(|free| *free != slot);
+            }
+            if let Source::Storage(offset) = self.chunks().source(chunk) {
+                end = end.max(offset.checked_add(self.chunk_size()).ok_or_else(wrong)?);
+            }
+        }
+        Ok(end)
     }
 
     pub fn failed(&self) -> bool {

@@ -7,6 +7,7 @@ use super::reading::Reading;
 use super::{Engine, Image, Map, IMAGES};
 use crate::cbt::{self, Geometry, Numbers};
 use crate::mem::Shared;
+use crate::pages::state;
 use crate::snapshot::Cause;
 use crate::sys::{self, Node};
 use crate::ublk::queue::Queue;
@@ -180,7 +181,9 @@ impl Engine {
         };
         let node = self.look_behind();
         self.setup.origin.set_node(node);
+        self.store_state();
         self.writes_unseen = false;
+        state::set_written(self.state_words(), false);
         let _ = waiting.send(Closed {
             node,
             suspicion: self.suspicion,
@@ -193,10 +196,14 @@ impl Engine {
         self.watch_origin();
         let known = self.setup.origin.node();
         let node = self.setup.origin.stat().unwrap_or(known);
+        let before = self.suspicion;
         if node.size != self.setup.geometry.size() {
             self.suspicion = "the size of the origin changed";
         } else if node.modified_ns != known.modified_ns && !self.writes_unseen {
             self.suspicion = "the origin was written behind the tracker's back";
+        }
+        if self.suspicion != before {
+            self.store_state();
         }
         node
     }

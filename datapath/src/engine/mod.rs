@@ -19,6 +19,7 @@ mod piece;
 pub mod reading;
 mod reply;
 mod request;
+mod resume;
 pub mod ublk;
 
 use crate::cbt::{Geometry, Numbers};
@@ -34,7 +35,7 @@ use mail::Mailbox;
 use piece::{List, Piece, PIECES, PIECE_LEN};
 use reading::Counters;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
@@ -71,6 +72,20 @@ pub struct Setup {
     pub listener: UnixListener,
     pub mailbox: Arc<Mailbox>,
     pub bell: Bell,
+    /// Hangs up its pipe when the ring is gone.
+    pub ring_held: OwnedFd,
+    pub resumed: Resumed,
+}
+
+/// What the process before this one left, but for maps; the default for an origin that begins.
+#[derive(Default)]
+pub struct Resumed {
+    pub images: Vec<Image>,
+    pub suspicion: &'static str,
+    /// "": it is not broken.
+    pub broken: &'static str,
+    /// Writes of its own may hide those of others.
+    pub written: bool,
 }
 
 /// The change map and its numbers. Replaced as a whole, by the queue thread only.
@@ -110,7 +125,7 @@ pub struct Engine {
     /// Those of the connections, then those of the devices.
     pieces: Vec<Piece>,
     devices: Vec<Option<Device>>,
-    tables_made: bool,
+    table_made: bool,
     images: Vec<Option<Image>>,
     gate: Gate,
     /// Pieces that can go on.
@@ -135,7 +150,8 @@ impl Engine {
     /// On the thread that will run it.
     fn new(setup: Setup, state_page: Arc<Shared>) -> io::Result<Self> {
         sys::set_io_flusher();
-        let ring = Ring::new(512)?;
+        let mut ring = Ring::new(512)?;
+        ring.hold(setup.ring_held.as_fd(), ublk::ORIGINS as u32)?;
         let zeros = Mapping::anonymous(PIECE_LEN)?;
         Ok(Self {
             setup,
@@ -147,7 +163,7 @@ impl Engine {
             connections: (0..CONNECTIONS).map(|_| None).collect(),
             pieces: vec![Piece::IDLE; CONNECTIONS * PIECES + REQUESTS],
             devices: (0..DEVICES).map(|_| None).collect(),
-            tables_made: false,
+            table_made: false,
             images: (0..IMAGES).map(|_| None).collect(),
             gate: Gate {
                 closed: false,
@@ -195,6 +211,7 @@ impl Engine {
     }
 
     fn run(&mut self) {
+        self.resume();
         self.store_state();
         self.listen();
         self.await_mail();
@@ -323,6 +340,7 @@ impl Engine {
             // In this order: who hears the bell looks at the flag once.
             self.setup.mailbox.broken.store(true, Ordering::Release);
             self.setup.bell.ring();
+            self.store_state();
         }
     }
 

@@ -4,6 +4,7 @@
 use super::piece::{Job, PieceId};
 use super::Engine;
 use crate::cbt;
+use crate::pages::state;
 use crate::ring::{Kind, Token};
 
 /// Zeroes and trims are cut to this much at a time while an image must be kept, so that a copy of gigabytes does not
@@ -114,7 +115,11 @@ impl Engine {
 
     /// Marks the live map. Comes before the submission of every change, and stays when that fails.
     pub(super) fn mark(&mut self, offset: u64, len: u64) {
-        self.writes_unseen = true;
+        if !self.writes_unseen {
+            self.writes_unseen = true;
+            // Before the write: a process after us has to know that the time of the last change may be ours.
+            state::set_written(self.state_words(), true);
+        }
         if self.setup.tracking {
             let map = &self.setup.map;
             let live = map.live.bytes(0, self.setup.geometry.block_count());

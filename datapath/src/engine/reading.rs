@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! What a queue thread tells of itself: a consistent reading for the service, and the state page that outlives the process.
 
-use super::{Engine, Front};
+use super::{Engine, Front, Setup};
+use crate::pages::state::{self, State};
 use serde::Serialize;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::AtomicU64;
 
 /// I/O since the tracker began.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -103,24 +104,39 @@ impl Engine {
         }
     }
 
-    /// The state page: magic, base and active number, generation, size and block size, as little-endian words.
+    /// Has the state page tell what is true now.
     pub(super) fn store_state(&self) {
-        let map = &self.setup.map;
-        let hex: String = map.generation.chars().filter(char::is_ascii_hexdigit).collect();
-        let generation = u128::from_str_radix(&hex, 16).unwrap_or_default();
-        let words = self.state_page.words(0, 8);
-        let state = [
-            u64::from_le_bytes(*b"BLKSNAP1"),
-            u64::from(map.numbers.base()) << 32 | u64::from(map.numbers.active()),
-            (generation >> 64) as u64,
-            generation as u64,
-            self.setup.geometry.size(),
-            self.setup.geometry.block_size(),
-            map.live_sequence,
-            map.taken_sequence,
-        ];
-        for (word, value) in words.iter().zip(state) {
-            word.store(value, Ordering::Release);
+        let state = State {
+            suspicion: self.suspicion,
+            broken: self.broken.unwrap_or_default(),
+            ..self.setup.state()
+        };
+        state.write(self.state_words());
+    }
+
+    pub(super) fn state_words(&self) -> &[AtomicU64] {
+        self.state_page.words(0, state::WORDS)
+    }
+}
+
+impl Setup {
+    /// What the state page tells at the beginning.
+    pub fn state(&self) -> State<'_> {
+        let map = &self.map;
+        State {
+            base: map.numbers.base(),
+            active: map.numbers.active(),
+            generation: &map.generation,
+            size: self.geometry.size(),
+            block_size: self.geometry.block_size(),
+            live_sequence: map.live_sequence,
+            taken_sequence: map.taken_sequence,
+            taken_base: map.taken_base,
+            live: map.live.id(),
+            taken: map.taken.id(),
+            modified_ns: self.origin.node().modified_ns,
+            suspicion: self.resumed.suspicion,
+            broken: self.resumed.broken,
         }
     }
 }

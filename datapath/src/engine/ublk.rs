@@ -22,7 +22,7 @@ pub const DEPTH: u16 = 64;
 /// Requests of an image's device at a time.
 pub const IMAGE_DEPTH: u16 = 32;
 /// Devices that show the origin: one, and for a moment its successor.
-const ORIGINS: usize = 2;
+pub const ORIGINS: usize = 2;
 pub const DEVICES: usize = ORIGINS + IMAGES;
 /// Pieces before this one are those of connections.
 const FIRST: usize = CONNECTIONS * PIECES;
@@ -87,9 +87,9 @@ impl Engine {
             .find(|place| self.devices[*place].is_none())
             .ok_or(libc::EBUSY)?;
         let errno = |error: std::io::Error| error.raw_os_error().unwrap_or(libc::EIO);
-        if !std::mem::replace(&mut self.tables_made, true) {
+        if !std::mem::replace(&mut self.table_made, true) {
             let buffers = ORIGINS * usize::from(DEPTH);
-            self.ring.make_tables(ORIGINS as u32, buffers as u32).map_err(errno)?;
+            self.ring.make_table(buffers as u32).map_err(errno)?;
         }
         // Only the origin's: before 6.13 a file leaves the table only when all operations that began before it left have
         // ended, which fetches of the origin's device never do. Images need it less: who takes over takes the origin's
