@@ -48,7 +48,9 @@ def held(mortal: Held) -> Iterator[Held]:
         control.call("list")
 
 
-def test_fifty_deaths_under_verified_writing_lose_nothing(held: Held, directory: Path, report: Report) -> None:
+def test_fifty_deaths_under_verified_writing_lose_nothing(
+    held: Held, directory: Path, report: Report
+) -> None:
     """fio and qemu-io see no error, no change is missed, held images stand still and the numbers go on."""
     unmarked = bytes(-(-SIZE // BLOCK))
     origin = held.add(SIZE, block_size=BLOCK, saved=unmarked, active=ACTIVE)

@@ -15,7 +15,7 @@ use crate::engine::Front;
 use crate::ublk::control::{open_char, unavailable, Control, NEEDED};
 use crate::ublk::params::{Sysfs, IMAGE_MAX_IO};
 use crate::ublk::queue::{Buffers, Queue, Shows};
-use crate::ublk::uapi::{flag, state, Params, BLOCK_PATH};
+use crate::ublk::uapi::{flag, state, DeviceInfo, Params, BLOCK_PATH};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -193,6 +193,20 @@ pub fn forget_device(device: u32) -> Result<()> {
     control
         .delete(device)
         .map_err(|error| Refusal::io(&format!("removing {}", node_of(device)), &error))
+}
+
+/// Forgets a device of which a data path that died has said that it was to go. Not one in service: its number may be
+/// another's by now.
+pub fn forget_orphan(device: u32) {
+    let waits = |info: DeviceInfo| matches!(info.state, state::DEAD | state::QUIESCED);
+    let orphan = Control::open()
+        .and_then(|mut control| control.info(device))
+        .is_ok_and(waits);
+    if orphan {
+        if let Err(refusal) = forget_device(device) {
+            eprintln!("blksnap-datapath: {}", refusal.message);
+        }
+    }
 }
 
 fn recover(origin: &Origin, device: u32, shows: Shows) -> Result<()> {

@@ -154,6 +154,13 @@ impl Page {
         (0..count.min(MOST)).map(|place| self.read(place)).collect()
     }
 
+    /// The block devices that its images had, also of one that is leaving.
+    pub fn devices(&self) -> Vec<u32> {
+        let count = self.word(COUNT).load(Ordering::Acquire) as usize;
+        let all = (0..count.min(MOST)).map(|place| self.read(place));
+        all.filter_map(|record| record.device).collect()
+    }
+
     fn read(&self, place: usize) -> Record {
         let words = self.0.words((RECORDS + place * RECORD) * 8, RECORD);
         let word = |place: usize| words[place].load(Ordering::Acquire);

@@ -55,6 +55,9 @@ fn one(server: &Server, storage: Option<File>, file: &File, memory: &mut Memory)
     let conf: SnapshotConf = conf(file)?;
     let page = Page::from(memory.owned(conf.page, c"blksnap-snapshot")?)?;
     if page.phase() == Phase::Leaving {
+        for device in page.devices() {
+            devices::forget_orphan(device);
+        }
         return Ok(None);
     }
     let storage = storage.ok_or(io::ErrorKind::NotFound)?;
