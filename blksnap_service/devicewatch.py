@@ -25,8 +25,8 @@ _ASK_S = 0.2
 class Trackers(Protocol):
     """What is needed of ``trackers.Registry``."""
 
-    async def refresh(self, name: str) -> None:
-        """Make a reading and tell what changed."""
+    async def refresh(self, name: str, reason: str = "") -> None:
+        """Make a reading and tell what changed; ``reason`` explains a new generation."""
 
     async def resize(self, name: str) -> None:
         """Have a tracker go by the present size of its device."""
@@ -104,4 +104,4 @@ class DeviceWatch:
     async def _resized(self, device: Device) -> None:
         _log.warning("%s now has %d bytes", device.path, device.size)
         await self._trackers.resize(device.name)
-        await self._trackers.refresh(device.name)
+        await self._trackers.refresh(device.name, "the size of the device changed")

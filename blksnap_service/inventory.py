@@ -213,7 +213,9 @@ class Inventory:
                 self._lost.discard(name)
                 self._watcher.device_removed(device)
             for listed, found in blocks.items():
-                name = self._block_names.setdefault(listed, self._name_of_block(listed))
+                if listed not in self._block_names:
+                    self._block_names[listed] = self._name_of_block(listed)
+                name = self._block_names[listed]
                 self._put_block(replace(found, name=name), tracked=name in pinned)
 
     def _name_of_block(self, listed: str) -> str:

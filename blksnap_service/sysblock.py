@@ -30,7 +30,7 @@ def dm_name(number: int) -> str:
 
 def dm_number(name: str) -> int:
     """Return the number of the device-mapper device of that name; 0 if there is none."""
-    for file in (_SYS / "block").glob("dm-*/dm/name"):
+    for file in _glob(_SYS / "block", "dm-*/dm/name"):
         if _read(file) == name:
             return _number(file.parents[1] / "dev")
     return 0
@@ -58,12 +58,12 @@ def unsupported(number: int) -> str:
 
 def partitions(number: int) -> list[int]:
     """Return the partitions of a disk."""
-    return [_number(file.with_name("dev")) for file in node(number).glob("*/partition")]
+    return [_number(file.with_name("dev")) for file in _glob(node(number), "*/partition")]
 
 
 def holders(number: int) -> list[int]:
     """Return the devices made of this one: device-mapper, md."""
-    return [_number(link / "dev") for link in node(number).glob("holders/*")]
+    return [_number(link / "dev") for link in _glob(node(number), "holders/*")]
 
 
 def above(number: int) -> set[int]:
@@ -76,6 +76,14 @@ def above(number: int) -> set[int]:
             found.add(device)
             todo += partitions(device) + holders(device)
     return found
+
+
+def _glob(directory: Path, pattern: str) -> list[Path]:
+    # pathlib raises when what it looks into goes away meanwhile.
+    try:
+        return list(directory.glob(pattern))
+    except OSError:
+        return []
 
 
 def _number(file: Path) -> int:

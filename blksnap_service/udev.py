@@ -36,6 +36,7 @@ _SETTLE_S = 0.1
 _UDEV_S = 0.5
 """How long udevd has, after the kernel's event, to find out what a device is."""
 _EVENTS_AT_ONCE = 64
+_BUFFER_BYTES = 128 << 10
 _NEVER_ORIGINS = re.compile(r"(fd|mtdblock|zram)\d+|nbd\d+(p\d+)?")
 
 
@@ -131,6 +132,9 @@ class BlockDevices:
         try:
             monitor = pyudev.Monitor.from_netlink(self._context, source=source)
             monitor.filter_by("block")
+            with contextlib.suppress(OSError):
+                # libudev asks for 128 MiB. What does not fit is looked up anew.
+                monitor.set_receive_buffer_size(_BUFFER_BYTES)
             monitor.start()
         except OSError as error:
             _log.warning(

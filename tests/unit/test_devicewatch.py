@@ -20,14 +20,16 @@ class Trackers:
 
     def __init__(self, notices_after: int) -> None:
         self.readings = 0
+        self.reasons: list[str] = []
         self.resized = 0
         self.busy = False
         self._notices_after = notices_after
 
-    async def refresh(self, name: str) -> None:
+    async def refresh(self, name: str, reason: str = "") -> None:
         """Count."""
         assert name == "sda"
         self.readings += 1
+        self.reasons.append(reason)
 
     async def resize(self, name: str) -> None:
         """Count, or refuse."""
@@ -87,7 +89,7 @@ async def test_a_tracker_grows_with_its_device(caplog: pytest.LogCaptureFixture)
     rig = Rig()
     rig.watch.device_resized(SDA)
     await rig.done()
-    assert (rig.trackers.resized, rig.trackers.readings) == (1, 1)
+    assert (rig.trackers.resized, rig.trackers.reasons) == (1, ["the size of the device changed"])
     rig.trackers.busy = True
     rig.watch.device_resized(SDA)
     await rig.done()
