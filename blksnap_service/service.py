@@ -122,6 +122,7 @@ class Service:
         self, device: Device, *, owner_uid: int, backend: str, block_size: int, persistent: bool
     ) -> None:
         """Attach a tracker, after every boot too if ``persistent``. Raises as ``Registry.attach``."""
+        await self._look_for_backends()
         if not persistent or device.kind != "block":
             await self.registry.attach(
                 device, owner_uid=owner_uid, backend=backend, block_size=block_size, persistent=persistent
@@ -143,6 +144,12 @@ class Service:
         if self.registry.get(device.name).entry.insert:
             # Under a device that is mounted at boot it is put again by the service itself.
             await asyncio.to_thread(self._records.forget, device.stable_key)
+
+    async def _look_for_backends(self) -> None:
+        """Notice that a kernel module was loaded or removed."""
+        with contextlib.suppress(errors.BlksnapError):
+            if await self._datapath.greet():
+                self._watcher.backends_changed()
 
     async def _attach_found(self, device: Device) -> None:
         for record in (await asyncio.to_thread(self._records.all)).values():
@@ -353,4 +360,5 @@ class Service:
                 with contextlib.suppress(errors.BlksnapError):
                     await self.snapshots.refresh(one)
             if ticks % LOOK_AROUND_TICKS == 0:
+                await self._look_for_backends()
                 await self.inventory.refresh()

@@ -109,6 +109,8 @@ class Hello:
     pid: int
     ublk: Ability
     dm: Ability
+    freezes: bool
+    """Whether it freezes file systems around a take."""
 
     NOTHING: ClassVar[Hello]
 
@@ -121,11 +123,12 @@ class Hello:
             pid=fields.number("pid"),
             ublk=Ability.parse(fields, "ublk"),
             dm=Ability.parse(fields, "dm"),
+            freezes="dm" in fields,
         )
 
 
 _UNHEARD = Ability(False, "the service is not connected to the data path")
-Hello.NOTHING = Hello("", 0, _UNHEARD, _UNHEARD)
+Hello.NOTHING = Hello("", 0, _UNHEARD, _UNHEARD, freezes=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,11 @@ class Datapath:
         """What the data path said of itself when it was last asked."""
         return Hello.NOTHING if self._client is None else self._client.hello
 
+    async def greet(self) -> bool:
+        """Ask what the data path can do now; returns whether that is something else. Raises as a request does."""
+        before = self.hello
+        return await self.client.greet() != before
+
     async def stop_if_started_for_nothing(self) -> None:
         """End a data path that was started by this process and has nothing to serve; any other one goes on."""
         if self._client is not None and self._started:

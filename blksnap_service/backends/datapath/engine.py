@@ -46,7 +46,7 @@ class DatapathEngine:
         client = self._datapath.client
         devices = [TakeDevice(origin, str(uuid.uuid4())) for origin in origins]
         readings = [await client.origin_info(origin) for origin in origins]
-        mounts = await open_mounts(readings)
+        mounts = await open_mounts(readings) if client.hello.freezes else []
         taken = await client.snapshot_take(snapshot, devices, TAKE_TIMEOUT_MS, mounts)
         return {image.origin: image.reset for image in taken.images if image.reset}
 

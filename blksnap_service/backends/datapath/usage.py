@@ -10,9 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from blksnap_service import sysblock
+from blksnap_service.devices import Device
 from blksnap_service.mounts import mount_points
 
 _SWAPS = Path("/proc/swaps")
+
+
+def is_held(device: Device) -> bool:
+    """Whether a file system or another device is on it, as far as one can see; never for a program that has it open.
+
+    What is listed of a device may be a moment old, and has where a node of its tracker is mounted, too.
+    """
+    mounted = device.mount_points and device.number in mount_points()
+    return bool(mounted or sysblock.holders(device.number))
 
 
 def describe(number: int) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
-from blksnap_service import errors, sysblock
+from blksnap_service import errors
 from blksnap_service.backends.datapath import usage
 from blksnap_service.backends.datapath.backend import DatapathBackend, Place
 from blksnap_service.backends.datapath.origin import open_origin
@@ -32,7 +32,7 @@ class NbdBackend(DatapathBackend):
             return errors.NotAvailable(self._datapath.trouble)
         if device.read_only:
             return errors.NotSupported(f"{device.path} is read-only: nothing on it can change")
-        if device.kind == "block" and (device.mount_points or sysblock.holders(device.number)):
+        if device.kind == "block" and usage.is_held(device):
             return _busy(device)
         if device.kind == "block" and not os.access(device.path, os.R_OK | os.W_OK):
             return errors.NotAvailable(f"the service may not read and write {device.path}")

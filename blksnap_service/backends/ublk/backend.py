@@ -51,9 +51,7 @@ class UblkBackend(DatapathBackend):
         reason = "it is read-only" if device.read_only else sysblock.unsupported(device.number)
         if reason:
             return errors.NotSupported(f"{device.path} cannot be tracked by ublk: {reason}")
-        # Where a node of its own is mounted is listed with a device too.
-        mounted = device.mount_points and not device.nodes
-        if (mounted or sysblock.holders(device.number)) and not self._can_insert(device):
+        if usage.is_held(device) and not self._can_insert(device):
             return _busy(device)
         return None
 
