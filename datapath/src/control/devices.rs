@@ -318,6 +318,25 @@ fn within<T: Send + 'static>(what: &str, work: impl FnOnce() -> io::Result<T> + 
     done.map_err(|error| Refusal::io(what, &error))
 }
 
+/// Refuses to grow a device where the driver cannot.
+pub fn check_growth(device: u32) -> Result<()> {
+    let info = open()?.info(device);
+    let info = info.map_err(|error| Refusal::io(&format!("asking for {}", node_of(device)), &error))?;
+    if info.flags & flag::UPDATE_SIZE == 0 {
+        return Err(Refusal::invalid_state(format!(
+            "{} cannot grow on this kernel (6.16 can): remove it and add the origin again",
+            node_of(device)
+        )));
+    }
+    Ok(())
+}
+
+/// Tells a device that it has `size` bytes now.
+pub fn grow(device: u32, size: u64) -> Result<()> {
+    let grown = open()?.update_size(device, size);
+    grown.map_err(|error| Refusal::io(&format!("growing {}", node_of(device)), &error))
+}
+
 /// A node that is in use, in words.
 pub fn used(node: &str) -> Refusal {
     Refusal::busy(format!(

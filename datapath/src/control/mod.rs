@@ -16,6 +16,7 @@ pub mod node;
 pub mod origins;
 pub mod registry;
 pub mod request;
+pub mod resize;
 pub mod server;
 pub mod snapshots;
 pub mod take;

@@ -210,6 +210,11 @@ impl Server {
                 let (reading, maps) = self.reset(&origin, generation)?;
                 answer(reading, maps)
             }
+            "origin.resize" => {
+                let OneOrigin { origin } = read(arguments)?;
+                let (reading, maps) = self.resize(&origin)?;
+                answer(reading, maps)
+            }
             "origin.remove" => {
                 let Remove { origin, force } = read(arguments)?;
                 let (reading, maps) = self.remove(&origin, force)?;

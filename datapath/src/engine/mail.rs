@@ -65,6 +65,13 @@ pub enum Letter {
         geometry: Geometry,
         answer: SyncSender<()>,
     },
+    /// The origin has grown; behind a closed gate. The maps are new and as long as `geometry` says.
+    Grow {
+        live: Arc<Shared>,
+        taken: Arc<Shared>,
+        geometry: Geometry,
+        answer: SyncSender<()>,
+    },
     /// Answered when nothing of the image is in flight any more.
     DropImage(String, SyncSender<()>),
     /// Serves a device that was added and not yet started; answered when all its requests are fetched, or with errno.
@@ -163,6 +170,15 @@ impl Engine {
                     self.store_state();
                     let _ = answer.send(());
                 }
+                Letter::Grow {
+                    live,
+                    taken,
+                    geometry,
+                    answer,
+                } => {
+                    self.grow(live, taken, geometry);
+                    let _ = answer.send(());
+                }
                 Letter::DropImage(id, answer) => self.leave_image(&id, answer),
                 Letter::Serve(queue, answer) => self.serve(queue, answer),
                 Letter::Unserve(device, answer) => self.unserve(device, answer),
@@ -189,23 +205,6 @@ impl Engine {
             suspicion: self.suspicion,
             broken: self.broken.unwrap_or_default(),
         });
-    }
-
-    /// Whether somebody wrote the origin but us; what it is now. Writes of ours since the last look hide others'.
-    fn look_behind(&mut self) -> Node {
-        self.watch_origin();
-        let known = self.setup.origin.node();
-        let node = self.setup.origin.stat().unwrap_or(known);
-        let before = self.suspicion;
-        if node.size != self.setup.geometry.size() {
-            self.suspicion = "the size of the origin changed";
-        } else if node.modified_ns != known.modified_ns && !self.writes_unseen {
-            self.suspicion = "the origin was written behind the tracker's back";
-        }
-        if self.suspicion != before {
-            self.store_state();
-        }
-        node
     }
 
     /// The instant of a take. The gate is closed: nobody writes the map but us.

@@ -7,6 +7,7 @@
 //! On the I/O path it allocates nothing, logs nothing and takes no lock; memory comes when a client connects or the
 //! control side hands it in. An impossible state aborts the process (`panic = "abort"`): the service starts another.
 
+mod behind;
 mod connection;
 mod copies;
 mod extents;
@@ -28,6 +29,7 @@ use crate::origin::Origin;
 use crate::ring::{Kind, Ring, Token};
 use crate::snapshot::{Bell, Cause, Failure};
 use crate::sys;
+use behind::Audit;
 use connection::{Connection, Phase, CONNECTIONS, NEGOTIATION_S};
 pub use image::Image;
 use io_uring::types::Timespec;
@@ -137,6 +139,7 @@ pub struct Engine {
     pending: u64,
     counters: Counters,
     broken: Option<&'static str>,
+    audit: Audit,
     /// Why the map cannot be trusted; stays until a new generation begins.
     suspicion: &'static str,
     /// Writes since the origin's mtime was last looked at.
@@ -152,6 +155,7 @@ impl Engine {
         sys::set_io_flusher();
         let mut ring = Ring::new(512)?;
         ring.hold(setup.ring_held.as_fd(), ublk::ORIGINS as u32)?;
+        let audit = Audit::new(setup.origin.node());
         let zeros = Mapping::anonymous(PIECE_LEN)?;
         Ok(Self {
             setup,
@@ -177,6 +181,7 @@ impl Engine {
             pending: 0,
             counters: Counters::default(),
             broken: None,
+            audit,
             suspicion: "",
             writes_unseen: false,
             ending: None,

@@ -230,6 +230,12 @@ impl Engine {
             self.gate.in_flight -= 1;
         }
         match (piece.job, result) {
+            (Job::Write, count) if count >= 0 => self.audit.wrote(count as u64),
+            (Job::Read | Job::Trim, _) => {}
+            // How much of it reached the device before it failed, or what zeroes came to there, is not told.
+            _ => self.audit.unsure(),
+        }
+        match (piece.job, result) {
             (_, error) if error == -libc::EINTR || error == -libc::EAGAIN => self.go_on(id),
             (Job::Read, 0) => self.origin_ended(id),
             (Job::Write, 0) => self.fail_piece(id, libc::EIO),

@@ -13,7 +13,7 @@ from tests.nbd.datapath import Datapath, new_id
 from tests.vm.guest import devices, ublk
 from tests.vm.guest.ublk import MIB
 
-SIZE = 64 * MIB
+SIZE = 32 * MIB
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def test_hello_tells_of_the_driver(datapath: Datapath, kernel: str) -> None:
 
 def test_a_file_system_keeps_what_is_written(datapath: Datapath, tmp_path: Path) -> None:
     """Verified random writes on ext4 over the node; the origin holds the very same bytes, without faults."""
-    with devices.brd(4 * SIZE) as disk:
+    with devices.brd(2 * SIZE) as disk:
         tracked = ublk.track(datapath, disk)
         devices.run("mkfs.ext4", "-q", str(tracked.node))
         devices.run("mount", str(tracked.node), str(tmp_path))
         try:
             assert tracked.origin.info().clients == 1
-            ublk.fio("v", *ublk.verified_writes(tmp_path / "file", 16 * MIB, "--fsync=64"))
+            ublk.fio("v", *ublk.verified_writes(tmp_path / "file", 8 * MIB, "--fsync=64"))
             with pytest.raises(Refused, match="in use") as refused:
                 tracked.remove()
             assert refused.value.code == "busy"
@@ -153,7 +153,7 @@ def test_readers_of_the_origin_do_not_shorten_writes(datapath: Datapath) -> None
         loop = f"while :; do cat {disk} >/dev/null; done"
         with subprocess.Popen(["/bin/sh", "-c", loop]) as reader:
             try:
-                ublk.fio("v", *ublk.verified_writes(tracked.node, 32 * MIB))
+                ublk.fio("v", *ublk.verified_writes(tracked.node, 16 * MIB))
             finally:
                 reader.kill()
         assert ublk.read(tracked.node) == ublk.read(disk)
@@ -198,6 +198,53 @@ def test_force_removes_a_mounted_node(datapath: Datapath, tmp_path: Path) -> Non
         again = ublk.track(datapath, disk)
         devices.run("fsck.ext4", "-fy", str(again.node))
         again.remove()
+
+
+def test_bytes_written_behind_the_tracker_end_the_generation(datapath: Datapath) -> None:
+    """The disk's own count of sectors tells of a dd to it; without one the generation goes on, whatever was written."""
+    with devices.null_blk(SIZE) as disk:
+        tracked = ublk.track(datapath, disk)
+        generation = tracked.origin.info().generation
+        for round_ in range(2):
+            ublk.fio("v", *ublk.verified_writes(tracked.node, 8 * MIB, "--fsync=16"))
+            snapshot, _ = ublk.take(tracked)
+            snapshot.destroy()
+            assert tracked.origin.info().generation == generation, round_
+        ublk.write(disk, 5 * MIB, b"!" * 4096)
+        snapshot, _ = ublk.take(tracked)
+        snapshot.destroy()
+        assert tracked.origin.info().generation != generation
+        tracked.remove()
+
+
+def test_a_grown_origin_has_a_grown_node(datapath: Datapath, kernel: str) -> None:
+    """On kernels that can: the map goes on, what is new is marked, an image keeps its size."""
+    with devices.brd(SIZE) as disk:
+        small, large = (f"0 {size // 512} linear {disk} 0" for size in (SIZE // 2, SIZE))
+        with devices.dm("grows", small) as origin:
+            tracked = ublk.track(datapath, origin)
+            ublk.write(tracked.node, 0, b"x" * 4096)
+            snapshot, (image,) = ublk.take(tracked)
+            ublk.write(tracked.node, MIB, b"y" * 4096)
+            before = tracked.origin.info()
+            for words in (("load", "grows", "--table", large), ("suspend", "grows"), ("resume", "grows")):
+                devices.run("dmsetup", *words)
+            if kernel == "6.12":
+                with pytest.raises(Refused, match=r"6\.16"):
+                    datapath.control.call("origin.resize", origin=tracked.origin.name)
+            else:
+                datapath.control.call("origin.resize", origin=tracked.origin.name)
+                after = tracked.origin.info()
+                assert (after.size, after.generation) == (SIZE, before.generation)
+                assert tracked.maps().changed(1, live=True) == {16, *range(SIZE // 2 >> 16, SIZE >> 16)}
+                ublk.write(tracked.node, SIZE - 4096, b"z" * 4096)
+                assert ublk.read(tracked.node)[-4096:] == b"z" * 4096
+                assert len(ublk.read(image)) == SIZE // 2
+                more, _ = ublk.take(tracked)
+                more.destroy()
+                assert tracked.origin.info().generation == before.generation
+            snapshot.destroy()
+            tracked.remove()
 
 
 def test_a_file_is_refused(datapath: Datapath) -> None:

@@ -4,7 +4,6 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from tests.nbd.datapath import Datapath
 from tests.vm.guest import devices, ublk
 from tests.vm.guest.ublk import MIB
 
-SIZE = 64 * MIB
+SIZE = 32 * MIB
 
 
 @pytest.fixture
@@ -30,17 +29,15 @@ def digest(node: Path) -> str:
 
 def test_images_stay_as_they_were_under_writes(datapath: Datapath) -> None:
     """Four takes while random verified writes go on: each image reads the same at its take, during them and at the end."""
-    with devices.brd(SIZE) as disk, ThreadPoolExecutor(1) as pool:
+    with devices.brd(SIZE) as disk:
         tracked = ublk.track(datapath, disk)
-        writing = pool.submit(ublk.fio, "v", *ublk.verified_writes(tracked.node, SIZE, "--loops=3"))
         held = []
-        for _ in range(4):
-            snapshot, images = ublk.take(tracked)
-            held.append((snapshot, images[0], digest(images[0])))
-        assert not writing.done(), "the writer ended before the last take: nothing was shown"
-        for _, image, seen in held:
-            assert digest(image) == seen
-        writing.result()
+        with ublk.writer(tracked.node):
+            for _ in range(4):
+                snapshot, images = ublk.take(tracked)
+                held.append((snapshot, images[0], digest(images[0])))
+            for _, image, seen in held:
+                assert digest(image) == seen
         for _, image, seen in held:
             assert digest(image) == seen
         for snapshot, image, _ in held:
@@ -52,24 +49,25 @@ def test_images_stay_as_they_were_under_writes(datapath: Datapath) -> None:
 
 def test_the_map_between_two_takes_misses_nothing(datapath: Datapath) -> None:
     """What differs between two images is marked as changed between their numbers."""
-    with devices.brd(SIZE) as disk, ThreadPoolExecutor(1) as pool:
-        tracked = ublk.track(datapath, disk)
-        writing = pool.submit(ublk.fio, "v", *ublk.verified_writes(tracked.node, SIZE, "--loops=2"))
+    with devices.brd(SIZE) as disk:
+        tracked = ublk.track(datapath, disk, block_size=4096)
         previous, number = None, 0
-        for _ in range(5):
-            snapshot, images = ublk.take(tracked)
-            content = ublk.read(images[0])
-            info = tracked.origin.info()
-            if previous is not None:
+        with ublk.writer(tracked.node):
+            for _ in range(4):
+                snapshot, images = ublk.take(tracked)
+                content = ublk.read(images[0])
+                info = tracked.origin.info()
                 marked = {
                     block
                     for block, byte in enumerate(snapshot.taken_maps[tracked.origin.name])
                     if byte and info.taken_base + byte > number
                 }
-                assert not ublk.differing(previous, content, info.block_size) - marked
-            previous, number = content, info.changes
-            snapshot.destroy()
-        writing.result()
+                if previous is not None:
+                    differ = ublk.differing(previous, content, info.block_size)
+                    assert differ
+                    assert not differ - marked
+                previous, number = content, info.changes
+                snapshot.destroy()
         tracked.remove()
 
 
@@ -106,11 +104,11 @@ def test_a_writable_image_takes_writes_of_its_own(datapath: Datapath) -> None:
     """The origin and other images do not see them."""
     with devices.brd(SIZE) as disk:
         tracked = ublk.track(datapath, disk)
-        ublk.fio("fill", *ublk.verified_writes(tracked.node, 16 * MIB))
+        ublk.fio("fill", *ublk.verified_writes(tracked.node, 4 * MIB))
         kept, (constant,) = ublk.take(tracked)
         snapshot, (image,) = ublk.take(tracked, writable=True)
         before, seen = digest(tracked.node), digest(constant)
-        ublk.fio("v", *ublk.verified_writes(image, 24 * MIB))
+        ublk.fio("v", *ublk.verified_writes(image, 8 * MIB))
         assert digest(tracked.node) == before
         assert digest(constant) == seen
         assert digest(image) != seen
@@ -152,7 +150,7 @@ def test_a_full_storage_fails_the_image_and_not_the_origin(datapath: Datapath) -
         tracked = ublk.track(datapath, disk)
         ublk.fio("fill", f"--filename={tracked.node}", f"--size={SIZE}", "--rw=write", "--bs=256k")
         snapshot, (image,) = ublk.take(tracked, storage_bytes=4 * MIB)
-        ublk.fio("v", *ublk.verified_writes(tracked.node, 32 * MIB))
+        ublk.fio("v", *ublk.verified_writes(tracked.node, 16 * MIB))
         assert snapshot.info().state == "failed"
         with pytest.raises(OSError, match="Input/output error"):
             ublk.read(image)

@@ -2,9 +2,12 @@
 """Origins with a ublk device in front of them, as the tests in a guest handle them. Holds no expectation of its own."""
 
 import contextlib
+import errno
 import json
 import mmap
 import os
+import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -114,6 +117,34 @@ def fio(name: str, *options: str) -> dict[str, Any]:
     job: dict[str, Any] = report["jobs"][0]
     assert job["error"] == 0
     return job
+
+
+@contextlib.contextmanager
+def writer(target: Path) -> Iterator[None]:
+    """Random writes to ``target``, many at a time, for as long as the block lasts. Raises ``AssertionError`` for an error."""
+    words = [
+        *(
+            "fio",
+            "--output-format=json",
+            "--name=writer",
+            "--ioengine=io_uring",
+            "--direct=1",
+            "--iodepth=32",
+        ),
+        *(f"--filename={target}", "--rw=randwrite", "--bsrange=4k-64k", "--norandommap", "--randrepeat=0"),
+        *("--time_based", "--runtime=250", "--refill_buffers"),
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield
+            assert process.poll() is None, "the writer ended early"
+        finally:
+            process.send_signal(signal.SIGINT)
+            report, _ = process.communicate(timeout=60)
+        (job,) = json.loads(report[report.index("{") :])["jobs"]
+        # EINTR: the signal above.
+        assert job["error"] in (0, errno.EINTR)
+        assert job["write"]["total_ios"]
 
 
 def verified_writes(target: Path, size_bytes: int, *options: str) -> Sequence[str]:
