@@ -32,7 +32,7 @@ def test_images_stay_as_they_were_under_writes(datapath: Datapath) -> None:
     with devices.brd(SIZE) as disk:
         tracked = ublk.track(datapath, disk)
         held = []
-        with ublk.writer(tracked.node):
+        with ublk.writer(tracked):
             for _ in range(4):
                 snapshot, images = ublk.take(tracked)
                 held.append((snapshot, images[0], digest(images[0])))
@@ -52,7 +52,7 @@ def test_the_map_between_two_takes_misses_nothing(datapath: Datapath) -> None:
     with devices.brd(SIZE) as disk:
         tracked = ublk.track(datapath, disk, block_size=4096)
         previous, number = None, 0
-        with ublk.writer(tracked.node):
+        with ublk.writer(tracked):
             for _ in range(4):
                 snapshot, images = ublk.take(tracked)
                 content = ublk.read(images[0])
@@ -68,6 +68,7 @@ def test_the_map_between_two_takes_misses_nothing(datapath: Datapath) -> None:
                     assert not differ - marked
                 previous, number = content, info.changes
                 snapshot.destroy()
+                ublk.await_writes(tracked, 50)
         tracked.remove()
 
 

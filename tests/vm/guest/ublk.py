@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +120,18 @@ def fio(name: str, *options: str) -> dict[str, Any]:
     return job
 
 
+def await_writes(tracked: Tracked, count: int) -> None:
+    """Return after ``count`` more writes. Raises ``TimeoutError``."""
+    goal, end = tracked.counters()["writes"] + count, time.monotonic() + 60
+    while tracked.counters()["writes"] < goal:
+        if time.monotonic() > end:
+            raise TimeoutError(f"fewer than {count} writes in a minute")
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
-def writer(target: Path) -> Iterator[None]:
-    """Random writes to ``target``, many at a time, for as long as the block lasts. Raises ``AssertionError`` for an error."""
+def writer(tracked: Tracked) -> Iterator[None]:
+    """Random writes to the node, many at a time, for as long as the block lasts. Raises ``AssertionError`` for an error."""
     words = [
         *(
             "fio",
@@ -131,11 +141,18 @@ def writer(target: Path) -> Iterator[None]:
             "--direct=1",
             "--iodepth=32",
         ),
-        *(f"--filename={target}", "--rw=randwrite", "--bsrange=4k-64k", "--norandommap", "--randrepeat=0"),
+        *(
+            f"--filename={tracked.node}",
+            "--rw=randwrite",
+            "--bsrange=4k-64k",
+            "--norandommap",
+            "--randrepeat=0",
+        ),
         *("--time_based", "--runtime=250", "--refill_buffers"),
     ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
+            await_writes(tracked, 50)
             yield
             assert process.poll() is None, "the writer ended early"
         finally:
