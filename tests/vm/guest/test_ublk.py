@@ -269,11 +269,11 @@ def test_many_origins_come_and_go(datapath: Datapath) -> None:
             tracked = ublk.track(datapath, disk)
             ublk.write(tracked.node, 0, b"x" * 4096)
             tracked.remove()
-        assert datapath.descriptors() == before
         assert not list(Path("/dev").glob("ublk[bc]*"))
-        # The main thread, the listener, maintenance, and one for this connection; one that ends may take a moment. Workers
+        # The main thread, the listener, maintenance, and one for this connection; one that ends may take a moment,
+        # and so may the descriptors of an answer. Workers
         # of a ring that was used once stay with their thread.
         end = time.monotonic() + 10
-        while len(threads := own_threads(datapath)) > 4 and time.monotonic() < end:
+        while len(own_threads(datapath)) > 4 or datapath.descriptors() > before:
+            assert time.monotonic() < end, (own_threads(datapath), datapath.descriptors(), before)
             time.sleep(0.05)
-        assert len(threads) == 4, threads
