@@ -37,6 +37,19 @@ pub fn sync(fd: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::syncfs(fd.as_raw_fd()) })
 }
 
+/// The id of the btrfs that `fd` is on, as its directory in /sys/fs/btrfs is called; None: it is on none.
+pub fn btrfs_id(fd: BorrowedFd<'_>) -> Option<String> {
+    // linux/btrfs.h: BTRFS_IOC_FS_INFO, _IOR(0x94, 31, 1024 bytes); the id is 16 bytes from the 16th on.
+    const FS_INFO: libc::Ioctl = 0x8400_941f_u32 as libc::Ioctl;
+    let mut info = [0_u64; 128];
+    // SAFETY: the kernel fills at most the 1024 bytes that the number names.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), FS_INFO, info.as_mut_ptr()) }).ok()?;
+    let id: Vec<u8> = info[2..4].iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let parts = [&id[..4], &id[4..6], &id[6..8], &id[8..10], &id[10..]];
+    Some(parts.map(hex).join("-"))
+}
+
 /// Keeps the program and its libraries in memory, once for all: who has stopped the device they lie on must be able to
 /// run the code that lets it go on. Best effort: what cannot be locked is at least read.
 pub fn keep_code() {

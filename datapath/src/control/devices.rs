@@ -8,6 +8,7 @@
 //! ```
 
 use super::error::{Refusal, Result};
+use super::node::Node;
 use super::registry::{Origin, ANSWER_S};
 use crate::engine::mail::Letter;
 use crate::engine::ublk::{DEPTH, IMAGE_DEPTH};
@@ -20,6 +21,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::mpsc::sync_channel;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long operations of a data path that has died may last.
@@ -35,6 +37,8 @@ pub struct Attachment {
     pub node: String,
     pub top: String,
     pub insert: String,
+    /// The device-mapper device over the ublk device.
+    pub over: Option<Arc<Node>>,
 }
 
 /// What a device is to be.
@@ -285,6 +289,17 @@ pub fn end_image_device(origin: &Origin, device: u32) -> Result<()> {
 }
 
 fn end(origin: &Origin, device: u32, claim: Option<File>) -> Result<()> {
+    halt(origin, device, claim)?;
+    match open()?.delete(device) {
+        Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
+            Err(Refusal::io(&format!("removing {}", node_of(device)), &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Ends the service of a device, which stays until [`forget_device`].
+pub fn halt(origin: &Origin, device: u32, claim: Option<File>) -> Result<()> {
     let node = node_of(device);
     let stopping = move || {
         let stopped = Control::open()?.stop(device);
@@ -296,13 +311,7 @@ fn end(origin: &Origin, device: u32, claim: Option<File>) -> Result<()> {
         }
     };
     within(&format!("stopping {node}"), stopping)?;
-    origin.ask(|answer| Letter::Unserve(device, answer))?;
-    match open()?.delete(device) {
-        Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
-            Err(Refusal::io(&format!("removing {node}"), &error))
-        }
-        _ => Ok(()),
-    }
+    origin.ask(|answer| Letter::Unserve(device, answer))
 }
 
 /// Does on a thread of its own what a disk may hold up for ever. Raised (timed-out) when that takes too long; it goes on.

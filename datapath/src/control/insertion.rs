@@ -58,11 +58,14 @@ impl Insertion {
         }
         let under = format!("{name}{SUFFIX}");
         let uuid = format!("{PREFIX}{UNDER}{name}");
-        let found = dm.find(&under).map_err(look)?;
-        if found.is_some() {
-            return Err(Refusal::exists(format!(
-                "{name} has a tracker under it already (the device-mapper device {under} exists)"
-            )));
+        if let Some(old) = dm.find(&under).map_err(look)? {
+            // What a removal could not remove, and nobody has open now.
+            if old.uuid != uuid || dm.table(&under).map_err(look)? != table || dm.remove(&under).is_err() {
+                return Err(Refusal::exists(format!(
+                    "{name} has a tracker under it already (the device-mapper device {under} exists)"
+                )));
+            }
+            link::vanish(&under, old.device);
         }
         // ENOKEY: the key of a LUKS device is in a keyring that only cryptsetup could read.
         let under_device = make(dm, &under, &uuid, &table, false, Udev::Hide).map_err(|refusal| {

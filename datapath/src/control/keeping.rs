@@ -33,6 +33,11 @@ pub struct OriginConf {
     pub front: Front,
     /// The number of its block device, once it has one.
     pub ublk_id: Option<u32>,
+    /// Its device-mapper device: made by us, or there before us; "": none.
+    #[serde(default)]
+    pub top: String,
+    #[serde(default)]
+    pub insert: String,
     pub state: u64,
 }
 

@@ -11,13 +11,13 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// What stands behind the name of a live device, for the device that got its table.
 pub const SUFFIX: &str = "-blksnap";
-pub(super) const TOP: &str = "TOP-";
-pub(super) const UNDER: &str = "ORIGIN-";
+pub(super) const TOP: &str = "top-";
+pub(super) const UNDER: &str = "lower-";
 /// So that name and uuid of both devices fit (`DM_NAME_LEN`, `DM_UUID_LEN`).
 pub(super) const LONGEST: usize = 112;
 
@@ -42,7 +42,8 @@ pub struct Node {
     device: u64,
     /// The device that got the table of the live one; None: the node is a top of our own.
     under: Option<String>,
-    front: Mutex<Device>,
+    /// None: it has been let go.
+    front: Mutex<Option<Device>>,
 }
 
 pub(super) fn failed(what: &str, name: &str, error: &io::Error) -> Refusal {
@@ -132,7 +133,7 @@ impl Node {
             name: name.to_owned(),
             device,
             under: None,
-            front: Mutex::new(front),
+            front: Mutex::new(Some(front)),
         })
     }
 
@@ -143,7 +144,7 @@ impl Node {
             name,
             device,
             under: Some(under),
-            front: Mutex::new(front),
+            front: Mutex::new(Some(front)),
         }
     }
 
@@ -156,12 +157,16 @@ impl Node {
             name: name.to_owned(),
             device: status.device,
             under: live.then(|| format!("{name}{SUFFIX}")),
-            front: Mutex::new(front),
+            front: Mutex::new(Some(front)),
         })
     }
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    pub fn dm(&self) -> Arc<Dm> {
+        Arc::clone(&self.dm)
     }
 
     pub fn device(&self) -> u64 {
@@ -177,15 +182,17 @@ impl Node {
         self.under.is_some()
     }
 
-    fn front(&self) -> Device {
-        *self.front.lock().expect("a panic aborts the process")
+    fn front(&self) -> MutexGuard<'_, Option<Device>> {
+        self.front.lock().expect("a panic aborts the process")
     }
 
     /// Why I/O of the node no longer goes through the tracker (LVM, among others, reloads tables as it sees fit); None: it
-    /// does. A node whose state cannot be read is not trusted.
+    /// does, or we let it go ourselves. A node whose state cannot be read is not trusted.
     pub fn astray(&self) -> Option<&'static str> {
+        let front = self.front();
+        let wanted = (*front)?.linear();
         match self.dm.table(&self.name) {
-            Ok(table) if table == self.front().linear() => None,
+            Ok(table) if table == wanted => None,
             Ok(_) => Some("another program has put another table under its device-mapper device"),
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
                 Some("another program has removed its device-mapper device")
@@ -199,10 +206,16 @@ impl Node {
         self.dm.status(&self.name).is_ok_and(|status| status.open_count > 0)
     }
 
+    /// Somebody has it mounted, or holds it otherwise. Who merely has it open is not seen.
+    pub fn is_held(&self) -> bool {
+        held(self.device)
+    }
+
     /// Puts the node over another front device (a larger one); what was in flight on the old one has ended.
     pub fn swap_to(&self, front: Device) -> Result<()> {
+        let mut now = self.front();
         swap(&self.dm, &self.name, &front.linear()).map_err(|error| failed("moving", &self.name, &error))?;
-        *self.front.lock().expect("a panic aborts the process") = front;
+        *now = Some(front);
         Ok(())
     }
 
@@ -210,53 +223,57 @@ impl Node {
     ///
     /// The device underneath stays until [`Self::remove`]: the queue thread still has it open.
     pub fn take_out(&self) -> Result<()> {
-        let Some(under) = &self.under else {
+        let (Some(under), None) = (&self.under, self.astray()) else {
             return Ok(());
         };
-        if self.astray().is_some() {
-            return Ok(());
-        }
-        self.dm
+        let front = self.front().take();
+        let restored = self
+            .dm
             .table(under)
-            .and_then(|table| swap(&self.dm, &self.name, &table))
-            .map_err(|error| failed("taking the tracker out from under", &self.name, &error))
+            .and_then(|table| swap(&self.dm, &self.name, &table));
+        restored.map_err(|error| {
+            *self.front() = front;
+            failed("taking the tracker out from under", &self.name, &error)
+        })
     }
 
     /// Puts a top straight over `origin`. `release` ends the tracker and closes its origin, which device-mapper needs for
-    /// itself; nothing is in flight when it is called, and what comes waits.
+    /// itself; nothing is in flight when it is called, and what comes waits. When it fails the top is as it was.
     pub fn bypass<T>(&self, origin: Device, release: impl FnOnce() -> Result<T>) -> Result<T> {
         keep_code();
         let _quiet = NoReclaimIo::begin();
-        let what = "putting the tracker aside from under";
-        self.dm
-            .suspend(&self.name, Freeze::No)
-            .map_err(|error| failed(what, &self.name, &error))?;
-        let released = release();
+        let bad = |error: io::Error| failed("putting the tracker aside from under", &self.name, &error);
+        let front = self.front().take();
+        let suspended = self.dm.suspend(&self.name, Freeze::No).map_err(bad);
+        let released = suspended.and_then(|()| release());
         let loaded = match &released {
             // The ring closes its files behind our back.
             Ok(_) => patiently(|| self.dm.load(&self.name, &origin.linear(), false)),
             Err(_) => Ok(()),
         };
         let resumed = self.dm.resume(&self.name, Udev::Keep);
+        if released.is_err() {
+            *self.front() = front;
+        }
         let released = released?;
-        loaded
-            .and(resumed.map(drop))
-            .map_err(|error| failed(what, &self.name, &error))?;
-        *self.front.lock().expect("a panic aborts the process") = origin;
+        loaded.and(resumed.map(drop)).map_err(bad)?;
         Ok(released)
     }
 
     /// Removes what we made: the top, or the device under a live one. Raised (busy) when it is in use.
     pub fn remove(&self) -> Result<()> {
-        let Some(under) = &self.under else {
-            if held(self.device) {
-                return Err(Refusal::busy(format!("{} is mounted or in use", self.path().display())));
-            }
-            return remove(&self.dm, &self.name, self.device).map_err(|error| failed("removing", &self.name, &error));
+        let name = self.under.as_ref().unwrap_or(&self.name);
+        let bad = |error: io::Error| failed("removing", name, &error);
+        let Some(status) = self.dm.find(name).map_err(bad)? else {
+            return Ok(());
         };
-        let found = self.dm.find(under).map_err(|error| failed("removing", under, &error))?;
-        found.map_or(Ok(()), |status| {
-            remove(&self.dm, under, status.device).map_err(|error| failed("removing", under, &error))
+        if self.under.is_none() && self.is_held() {
+            return Err(Refusal::busy(format!("{} is mounted or in use", self.path().display())));
+        }
+        let front = self.front().take();
+        remove(&self.dm, name, status.device).map_err(|error| {
+            *self.front() = front;
+            bad(error)
         })
     }
 }

@@ -4,6 +4,7 @@
 use super::devices::{self, Attachment};
 use super::error::{Refusal, Result};
 use super::keeping::{self, keeps, OriginConf, VERSION};
+use super::nodes;
 use super::registry::{Origin, Registry};
 use super::server::Server;
 use super::take::Gates;
@@ -58,7 +59,7 @@ fn one() -> u32 {
     1
 }
 
-fn yes() -> bool {
+pub(super) fn yes() -> bool {
     true
 }
 
@@ -121,20 +122,18 @@ impl Server {
     pub fn add(&self, asked: Add, fds: Vec<OwnedFd>) -> Result<WithMaps> {
         check_name(&asked.origin)?;
         check_uuid(&asked.generation)?;
-        let mut fds = fds.into_iter().map(File::from);
-        let (Some(file), saved, None) = (fds.next(), fds.next(), fds.next()) else {
-            return Err(Refusal::bad_request("origin.add takes one or two descriptors"));
-        };
         let _structure = self.structure();
+        let nodes::Given {
+            origin: file,
+            saved,
+            mut insertion,
+        } = self.given(&asked, fds)?;
         let node = sys::node(&file).map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL) => Refusal::invalid("the origin is neither a regular file nor a block device"),
             _ => Refusal::io("the origin", &error),
         })?;
         if asked.front == Front::Ublk {
             devices::check_fit(node.block, node.identity.0)?;
-        }
-        if !asked.top.is_empty() || !asked.insert.is_empty() {
-            return Err(Refusal::invalid("this data path has no device-mapper devices"));
         }
         let handle = {
             let mut registry = self.registry();
@@ -196,6 +195,8 @@ impl Server {
             tracking: asked.tracking,
             front: asked.front,
             ublk_id: None,
+            top: asked.top.clone(),
+            insert: asked.insert.clone(),
             state: state_page.id(),
         };
         let (ring_life, ring_held) = sys::process::pipe().map_err(|error| Refusal::io("a pipe", &error))?;
@@ -224,7 +225,7 @@ impl Server {
         let setup = Setup {
             handle,
             name: asked.origin.clone(),
-            label: asked.label,
+            label: asked.label.clone(),
             socket: socket.display().to_string(),
             front: asked.front,
             origin: origin::Origin::new(file, node, asked.read_only),
@@ -235,7 +236,7 @@ impl Server {
                 taken,
                 numbers,
                 taken_base: numbers.base(),
-                generation: asked.generation,
+                generation: asked.generation.clone(),
                 live_sequence: 1,
                 taken_sequence: 1,
                 epoch: 1,
@@ -255,19 +256,10 @@ impl Server {
                 &error,
             )
         })?;
-        if asked.front == Front::Ublk {
-            match devices::make_origin_device(&entry, node.size, asked.read_only) {
-                Ok(device) => {
-                    entry.attachment.ublk_id = Some(device);
-                    entry.attachment.node = devices::node_of(device);
-                    self.keep_device(&entry, &conf, device)?;
-                }
-                Err(refusal) => {
-                    let _ = entry.ask(Letter::End);
-                    let _ = std::fs::remove_file(&socket);
-                    return Err(refusal);
-                }
-            }
+        if let Err(refusal) = self.put_up(&mut entry, &conf, &asked, node.size, insertion.as_mut()) {
+            // Before `insertion`, whose device it has open.
+            self.undo(&entry);
+            return Err(refusal);
         }
         self.registry().origins.insert(asked.origin.clone(), entry.clone());
         if node.block {
@@ -333,6 +325,11 @@ impl Server {
     }
 
     pub fn remove(&self, name: &str, force: bool) -> Result<WithMaps> {
+        self.leave(name, force, false)
+    }
+
+    /// Ends an origin. `stay`: its device-mapper device goes on without it.
+    pub(super) fn leave(&self, name: &str, force: bool, stay: bool) -> Result<WithMaps> {
         let _structure = self.structure();
         let origin = self.registry().origin(name)?;
         let (mut reading, mut map) = match (origin.read(), origin.last()) {
@@ -344,11 +341,11 @@ impl Server {
         if !force && !reading.snapshots.is_empty() {
             return Err(Refusal::busy(format!("a snapshot of {name} is held")));
         }
-        if !force && origin.attachment.ublk_id.is_some_and(devices::in_use) {
-            return Err(devices::used(&origin.attachment.node));
+        if !force && reading.connections > 0 {
+            return Err(Refusal::busy(format!("{} clients use {name}", reading.connections)));
         }
-        if !force && reading.clients > 0 {
-            return Err(Refusal::busy(format!("{} clients use {name}", reading.clients)));
+        if !force {
+            nodes::check_idle(&origin)?;
         }
         if !origin.mailbox.ended() {
             let images = self.registry().image_devices(name);
@@ -356,12 +353,11 @@ impl Server {
                 devices::end_image_device(&origin, device)?;
                 self.registry().forget_image_device(&snapshot, name);
             }
-            if let Some(device) = origin.attachment.ublk_id {
-                devices::end_origin_device(&origin, device, force)?;
-                // What was written until just now counts.
-                (reading, map, _) = origin.read()?;
+            // What was written until just now counts.
+            (reading, map) = self.take_down(&origin, force, stay)?;
+            if !origin.mailbox.ended() {
+                origin.ask(Letter::End)?;
             }
-            origin.ask(Letter::End)?;
         }
         self.registry().origins.remove(name);
         let _ = std::fs::remove_file(&origin.socket);
@@ -372,6 +368,7 @@ impl Server {
         keeping::forget(&origin.kept);
         // The lock on its file is held until the store has let go of it, too.
         self.store_sync()?;
+        nodes::clear_away(&origin);
         if !reading.suspicion.is_empty() {
             // Nobody may continue this map.
             (reading.state, reading.reason) = ("broken", reading.suspicion);

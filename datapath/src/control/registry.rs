@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! What exists: origins with their queue threads, snapshots with their images. No decisions, no waiting for I/O.
 
-use super::devices::{self, Attachment};
+use super::devices::Attachment;
 use super::error::{Refusal, Result};
 use super::keeping::{Keeps, KeptOrigin, KeptSnapshot};
+use super::nodes;
 use crate::cbt::Geometry;
 use crate::engine::mail::{Letter, Mailbox};
 use crate::engine::reading::Reading;
@@ -69,7 +70,10 @@ impl Origin {
         reading.insert.clone_from(&attachment.insert);
         if let Some(device) = attachment.ublk_id {
             reading.ublk_id = i64::from(device);
-            reading.clients += u32::from(devices::in_use(device));
+            reading.clients += u32::from(nodes::in_use(self));
+        }
+        if let Some(reason) = nodes::astray(self).filter(|_| reading.state == "tracking") {
+            (reading.state, reading.reason) = ("broken", reason);
         }
     }
 

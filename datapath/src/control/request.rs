@@ -2,6 +2,7 @@
 //! What a line asks for: from JSON to an operation and back. Unknown operations and keys are refused, never ignored.
 
 use super::error::{Refusal, Result};
+use super::nodes;
 use super::origins::Add;
 use super::registry::Origin;
 use super::server::Server;
@@ -113,6 +114,18 @@ struct Remove {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct Bypass {
+    origin: String,
+    #[serde(default)]
+    #[allow(
+        dead_code,
+        reason = "told for the log of whoever reads the line; the service keeps it"
+    )]
+    reason: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct OneSnapshot {
     snapshot: String,
 }
@@ -141,7 +154,7 @@ impl Server {
     pub fn perform(&self, envelope: Envelope, fds: Vec<OwnedFd>) -> Result<Answer> {
         let arguments = envelope.arguments;
         let operation = envelope.operation.as_str();
-        if !fds.is_empty() && !matches!(operation, "origin.add" | "snapshot.create") {
+        if !fds.is_empty() && !matches!(operation, "origin.add" | "snapshot.create" | "snapshot.take") {
             return Err(Refusal::bad_request(format!("{operation} takes no descriptors")));
         }
         match operation {
@@ -154,10 +167,12 @@ impl Server {
                 let version = env!("CARGO_PKG_VERSION");
                 let pid = std::process::id();
                 let ublk = availability();
+                let dm = nodes::availability();
                 let mut features = vec!["nbd"];
                 features.extend(ublk.available.then_some("ublk"));
+                features.extend(dm.available.then_some("dm"));
                 let hello = json!({
-                    "protocol": PROTOCOL, "version": version, "pid": pid, "features": features, "ublk": ublk,
+                    "protocol": PROTOCOL, "version": version, "pid": pid, "features": features, "ublk": ublk, "dm": dm,
                     "survives": self.store.works(), "life": self.life,
                 });
                 answer(hello, vec![])
@@ -220,9 +235,14 @@ impl Server {
                 let (reading, maps) = self.remove(&origin, force)?;
                 answer(reading, maps)
             }
+            "origin.bypass" => {
+                let Bypass { origin, .. } = read(arguments)?;
+                let (reading, maps) = self.bypass(&origin)?;
+                answer(reading, maps)
+            }
             "snapshot.create" => answer(self.create(read::<Create>(arguments)?, fds)?, vec![]),
             "snapshot.take" => {
-                let (taken, memory) = self.take(&read::<Take>(arguments)?)?;
+                let (taken, memory) = self.take(&read::<Take>(arguments)?, fds)?;
                 answer(taken, memory)
             }
             "snapshot.info" => {

@@ -4,7 +4,8 @@
 use super::devices;
 use super::error::{Refusal, Result};
 use super::keeping;
-use super::origins::{check_uuid, new_map};
+use super::nodes;
+use super::origins::{check_uuid, new_map, yes};
 use super::registry::{ImageInfo, Origin, SnapshotEntry};
 use super::server::Server;
 use crate::cbt::{self, Geometry};
@@ -13,6 +14,7 @@ use crate::engine::{Front, Image, IMAGES};
 use crate::mem::Shared;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::sync_channel;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -36,6 +38,11 @@ pub struct Take {
     pub devices: Vec<Device>,
     #[serde(default = "ten_seconds")]
     pub timeout_ms: u64,
+    #[serde(default = "yes")]
+    pub freeze: bool,
+    /// How many descriptors of mount points come along, to be frozen as well.
+    #[serde(default)]
+    pub freeze_fds: usize,
 }
 
 fn ten_seconds() -> u64 {
@@ -116,7 +123,7 @@ impl Drop for Gates<'_> {
 }
 
 impl Server {
-    pub fn take(&self, asked: &Take) -> Result<(Taken, Vec<Arc<Shared>>)> {
+    pub fn take(&self, asked: &Take, mounts: Vec<OwnedFd>) -> Result<(Taken, Vec<Arc<Shared>>)> {
         let _structure = self.structure();
         let entry = self.registry().snapshot(&asked.snapshot)?;
         if !entry.images.is_empty() || entry.snapshot.failed() {
@@ -138,12 +145,17 @@ impl Server {
             .collect::<Result<Vec<_>>>()?;
         self.store_sync()?;
 
-        let gates = Gates::close(&origins, Duration::from_millis(asked.timeout_ms))?;
+        let patience = Duration::from_millis(asked.timeout_ms);
+        // Thawed when this function is left, behind open gates.
+        let frozen = self.freeze_plan(asked, &origins, mounts)?.freeze(patience)?;
+        let gates = Gates::close(&origins, frozen.patience(patience))?;
+        frozen.check()?;
         let mut resets = Vec::new();
         for (place, closed) in gates.closed().iter().enumerate() {
             let (device, origin) = (&asked.devices[place], &origins[place]);
-            if !closed.broken.is_empty() {
-                let (name, why) = (&origin.name, closed.broken);
+            let broken = nodes::astray(origin).unwrap_or(closed.broken);
+            if !broken.is_empty() {
+                let (name, why) = (&origin.name, broken);
                 return Err(Refusal::invalid_state(format!(
                     "origin {name}: {why}; nothing was taken"
                 )));
@@ -197,6 +209,7 @@ impl Server {
         // All of it or nothing, for a process after us: the gates are still closed.
         entry.snapshot.page.take(taken_at, &records);
         drop(gates);
+        drop(frozen);
         for (origin, kept) in origins.iter().zip(&kept) {
             keeping::changed(&origin.kept, kept.live.clone(), Arc::clone(&kept.taken));
         }

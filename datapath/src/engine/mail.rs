@@ -78,6 +78,8 @@ pub enum Letter {
     Serve(Box<Queue>, SyncSender<Result<(), i32>>),
     /// Answered when no request of this device, which was stopped, is fetched any more.
     Unserve(u32, SyncSender<()>),
+    /// The origin's I/O goes other ways now: neither its map nor its images can be trusted any more.
+    Break(&'static str),
     /// Ends the queue thread, which serves no device any more; answered when it has ended.
     End(SyncSender<()>),
 }
@@ -182,6 +184,7 @@ impl Engine {
                 Letter::DropImage(id, answer) => self.leave_image(&id, answer),
                 Letter::Serve(queue, answer) => self.serve(queue, answer),
                 Letter::Unserve(device, answer) => self.unserve(device, answer),
+                Letter::Break(reason) => self.give_up(reason),
                 Letter::End(answer) => self.end(answer),
             }
         }
@@ -332,6 +335,14 @@ impl Engine {
                 self.images[place] = None;
                 let _ = answer.send(());
             }
+        }
+    }
+
+    fn give_up(&mut self, reason: &'static str) {
+        self.break_origin(reason);
+        for place in 0..IMAGES {
+            self.fail_image(place, Cause::Detached, libc::ENODEV);
+            self.wake_image(place);
         }
     }
 

@@ -48,6 +48,9 @@ pub struct Reading {
     pub taken_base: u32,
     pub nbd_socket: String,
     pub clients: u32,
+    /// Of the clients, those of the socket.
+    #[serde(skip)]
+    pub connections: u32,
     pub front: Front,
     /// What to mount or use, the number of its ublk device (-1: none), and the device-mapper devices about it; the control
     /// side fills them in.
@@ -87,6 +90,7 @@ impl Engine {
             taken_base: map.taken_base,
             nbd_socket: self.setup.socket.clone(),
             clients: self.connections.iter().flatten().count() as u32,
+            connections: self.connections.iter().flatten().count() as u32,
             front: self.setup.front,
             node: String::new(),
             ublk_id: -1,

@@ -17,12 +17,15 @@ const SLOTS: [usize; 2] = [8, 64];
 
 /// Why a map cannot be trusted or an origin cannot be served, as the engine says it; a text that is not here comes back
 /// as [`UNKNOWN`].
-const REASONS: [&str; 5] = [
+const REASONS: [&str; 8] = [
     "the size of the origin changed",
     "the origin was written behind the tracker's back",
     "the image file or device became smaller",
     "the image file or device cannot be looked at any more",
     "the image file became smaller",
+    "another program has put another table under its device-mapper device",
+    "another program has removed its device-mapper device",
+    "its device-mapper device cannot be looked at",
 ];
 const UNKNOWN: &str = "it was so before the data path was started again";
 

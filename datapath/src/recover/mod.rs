@@ -80,6 +80,7 @@ pub fn run(server: &Server, found: BTreeMap<Name, OwnedFd>, strangers: &[String]
         let event = json!({"event": "origin.recovered", "origin": name, "life": server.life});
         server.untold.lock().expect("a panic aborts the process").push(event);
     }
+    crate::control::nodes::go_on();
     Ok(())
 }
 

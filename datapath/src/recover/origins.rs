@@ -8,6 +8,7 @@ use crate::cbt::{self, Geometry, Numbers};
 use crate::control::devices::{self, Attachment};
 use crate::control::error::{Refusal, Result};
 use crate::control::keeping::{keeps, OriginConf};
+use crate::control::nodes;
 use crate::control::origins::new_map;
 use crate::control::registry;
 use crate::control::server::Server;
@@ -252,6 +253,9 @@ impl Origin {
                 entry.attachment.ublk_id = Some(device);
                 entry.attachment.node = devices::node_of(device);
                 server.keep_device(&entry, &self.conf, device)?;
+            }
+            if let Err(refusal) = nodes::adopt(&mut entry, &self.conf, size) {
+                eprintln!("blksnap-datapath: origin {}: {}", entry.name, refusal.message);
             }
             Self::start_images(server, &entry)?;
         }
