@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Origins under device-mapper devices, and file systems on those, as the tests in a guest handle them. No expectation."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.nbd.datapath import Datapath, Origin, new_id
+from tests.vm.guest import devices, ublk
+from tests.vm.guest.ublk import Tracked
+
+MKFS = {
+    "ext4": ("mkfs.ext4", "-q"),
+    "xfs": ("mkfs.xfs", "-q", "-f"),
+}
+
+
+def insert(running: Datapath, live: str, **options: Any) -> Tracked:
+    """Get under the live device-mapper device ``live``. Raises ``Refused``."""
+    name = f"under-{live}"
+    running.control.call("origin.add", origin=name, generation=new_id(), front="ublk", insert=live, **options)
+    origin = Origin(running, name, Path("/dev/mapper", live))
+    return Tracked(running, origin, origin.path, Path(origin.info().node))
+
+
+def table(name: str) -> str:
+    """The table in use."""
+    return devices.run("dmsetup", "table", name)
+
+
+def names() -> set[str]:
+    """All device-mapper devices."""
+    lines = devices.run("dmsetup", "ls").splitlines()
+    return {line.split("\t")[0] for line in lines if "\t" in line}
+
+
+def mapped_name(node: Path) -> str:
+    """The device-mapper name of a node, by whatever path it was found."""
+    number = node.stat().st_rdev
+    return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/dm/name").read_text().strip()
+
+
+def make_file_system(node: Path, kind: str) -> None:
+    """An empty one."""
+    devices.run(*MKFS[kind], str(node))
+
+
+@contextlib.contextmanager
+def mounted(node: Path, directory: Path, *options: str) -> Iterator[Path]:
+    """``node`` on a new ``directory``."""
+    directory.mkdir()
+    devices.run("mount", *options, str(node), str(directory))
+    try:
+        yield directory
+    finally:
+        devices.run("umount", str(directory))
+
+
+def is_clean(node: Path, kind: str) -> bool:
+    """Whether the file system there is whole, as it is on the device: without its journal being replayed."""
+    if kind == "xfs":
+        # A log that is not clean is no more than a warning with -n (xfs_repair(8)).
+        said = subprocess.run(["xfs_repair", "-n", node], capture_output=True, text=True, check=False)
+        return said.returncode == 0 and "ALERT" not in said.stdout + said.stderr
+    needs = "needs_recovery" in devices.run("dumpe2fs", "-h", str(node))
+    checked = subprocess.run(["e2fsck", "-f", "-n", node], capture_output=True, text=True, check=False)
+    return checked.returncode == 0 and not needs
+
+
+@contextlib.contextmanager
+def load(target: Path, size_bytes: int, *options: str) -> Iterator[None]:
+    """Verified random writes of ``target`` while the block runs. Raises when one was lost or failed."""
+    command = [
+        "fio",
+        "--name=load",
+        "--ioengine=psync",
+        "--time_based",
+        "--runtime=600",
+        "--verify_backlog=64",
+    ]
+    command += [*ublk.verified_writes(target, size_bytes), "--iodepth=1", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        end = time.monotonic() + 60
+        while not (target.exists() and target.stat().st_blocks):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        time.sleep(1)
+        yield
+        assert process.poll() is None, process.communicate()[0]
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            said = process.communicate(timeout=120)[0]
+        finally:
+            process.kill()
+    assert "err= 0" in said, said
+    assert "verify:" not in said, said
+
+
+class Attempt(threading.Thread):
+    """Something that may wait, on a thread of its own."""
+
+    def __init__(self, work: Any, *arguments: Any) -> None:
+        """Start it."""
+        super().__init__(daemon=True)
+        self._work, self._arguments = work, arguments
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Keep what it raises."""
+        try:
+            self._work(*self._arguments)
+        except BaseException as error:  # noqa: BLE001 # handed to the test
+            self.error = error
+
+    def ended(self, within_s: float) -> bool:
+        """Wait for its end."""
+        self.join(within_s)
+        return not self.is_alive()
+
+
+def tracked_top(running: Datapath, disk: Path, name: str, **options: Any) -> Tracked:
+    """An origin with a top of that name. Raises ``Refused``."""
+    return ublk.track(running, disk, top=name, **options)
+
+
+def take_all(tracked: Sequence[Tracked], **options: Any) -> dict[str, Any]:
+    """A take with options that ``Snapshot.take`` does not know; the answer with the snapshot's id. Raises ``Refused``."""
+    running = tracked[0].datapath
+    mounts: Sequence[int] = options.pop("mounts", ())
+    snapshot = options.pop("snapshot", None) or running.create(limit=256 << 20)
+    members = [{"origin": one.origin.name, "next_generation": new_id()} for one in tracked]
+    answer = running.control.call(
+        "snapshot.take", mounts, snapshot=snapshot.name, devices=members, freeze_fds=len(mounts), **options
+    )
+    return dict(answer) | {"snapshot": snapshot}
