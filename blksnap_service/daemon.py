@@ -54,7 +54,7 @@ async def _run(options: argparse.Namespace) -> None:
     runtime_dir = _absolute(options.runtime_dir)
     state_dir = _absolute(options.state_dir)
     check_socket_paths(runtime_dir)
-    binary = find_binary(options.datapath and _absolute(options.datapath))
+    binary = None if options.connect_only else find_binary(options.datapath and _absolute(options.datapath))
     # The data path inherits it and outlives this process: no file system is to be kept from being unmounted.
     os.chdir("/")
     _make_private(runtime_dir, "runtime")
@@ -68,7 +68,7 @@ async def _run(options: argparse.Namespace) -> None:
         try:
             publisher = wire.Publisher(connection, paths.ROOT, wire.load_interfaces())
             tree = Tree(publisher, connection)
-            datapath = Datapath(runtime_dir, binary)
+            datapath = Datapath(runtime_dir, binary, connect_only=options.connect_only)
             records = Records(_absolute(options.persistent_dir))
             blocks = BlockDevices(runtime_dir / udevfiles.DIRECTORY, records)
             service = Service(catalogue, datapath, blocks, storage_directory, tree, records)
@@ -183,6 +183,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--datapath", type=Path, metavar="PATH", help="the program blksnap-datapath (default: searched)"
+    )
+    parser.add_argument(
+        "--connect-only",
+        action="store_true",
+        help="never start blksnap-datapath: a unit of its own does",
     )
     parser.add_argument(
         "--log-level",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The service without its bus: the parts put together, brought in step with the data path, and kept there.
 
-At start, and whenever the data path went away, ``reconcile`` compares what runs with what the catalogue says: what both
-know is adopted, what only runs is adopted as nobody's. What ran when the data path ended is attached again; what ended
-while no service ran is lost and said so. Methods that involve several parts are here; the others are called on the parts.
+At start, and whenever the data path went away and is there again, ``reconcile`` compares what runs with what the catalogue
+says: what both know goes on, what only runs is adopted as nobody's. A data path that was killed comes back with all it
+had; what it has lost is tracked again as a new generation, or is lost and said so. Methods that involve several parts are here; the others are called on the parts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from blksnap_service import errors, inventory, snapshot, trackers
+from blksnap_service import errors, inventory, snapshot, sysblock, trackers
 from blksnap_service.backends.datapath.engine import DatapathEngine
 from blksnap_service.backends.nbd.backend import NbdBackend
 from blksnap_service.backends.planned import PlannedBackend
@@ -114,7 +114,6 @@ class Service:
     def close(self) -> None:
         """Let go of everything; trackers and snapshots go on without this service."""
         self._devices.close()
-        self.registry.close()
         self.inventory.close()
         self._datapath.close()
 
@@ -199,12 +198,12 @@ class Service:
     async def reconcile(self) -> None:
         """Bring trackers and snapshots in step with what the backends run."""
         await self._adopt_running()
-        tried = [entry.key for entry in self.registry.ended()]
-        for entry in self.registry.ended():
-            await self._resume(entry)
+        for _, tracked in self.registry:
+            if tracked.tracker.last.state == "recovering":
+                await self._replace_lost(tracked.entry, "the data path ended and lost its map")
         for entry in self._catalogue.trackers:
-            if entry.key not in self.registry and entry.key not in tried:
-                await self._replace_lost(entry)
+            if entry.key not in self.registry:
+                await self._follow_up(entry)
         await self.snapshots.adopt(self._bus_id)
         for record in (await asyncio.to_thread(self._records.all)).values():
             try:
@@ -220,8 +219,14 @@ class Service:
         }
         for backend in self._backends:
             for tracker, path in await backend.discover(known):
-                if self.registry.by_origin(tracker.origin) is None:
+                name = self.registry.by_origin(tracker.origin)
+                if tracker.origin in self.registry.unwanted:
+                    await backend.detach(tracker, "", force=True)
+                    self.registry.unwanted.discard(tracker.origin)
+                elif name is None:
                     await self._adopt(backend.info.name, tracker, path)
+                elif self.registry.get(name).tracker.last.state == "recovering":
+                    await self.registry.refresh(name)
 
     async def _adopt(self, backend: str, tracker: Tracker, path: str) -> None:
         entry = next((one for one in self._catalogue.trackers if one.origin == tracker.origin), None)
@@ -260,39 +265,48 @@ class Service:
         self.inventory.keep(device)
         return device
 
-    async def _resume(self, entry: TrackerEntry) -> None:
-        """Attach again what ran when the data path ended. Raises ``errors.NotAvailable`` when that has ended again."""
+    async def _replace_lost(self, entry: TrackerEntry, reason: str) -> None:
+        """Track again what the data path does not have any more.
+
+        Raises ``errors.NotAvailable`` when the data path has ended again.
+        """
         try:
-            await self.registry.resume(self.inventory.get(entry.key))
+            await self.registry.replace(self.inventory.get(entry.key), entry, reason)
         except errors.BlksnapError as error:
             if self._datapath.trouble:
                 raise errors.NotAvailable(self._datapath.trouble) from error
+            self.registry.forget(entry.key)
+            if entry.persistent:
+                _log.error("%s is to be tracked always, but cannot be now: %s", entry.path, error)
+                return
             _log.error("%s is not tracked any more: %s", entry.path, error)
-            await self.registry.give_up(entry.key)
+            await self._catalogue.trackers.drop(entry.key)
 
-    async def _replace_lost(self, entry: TrackerEntry) -> None:
-        """Deal with a tracker that ended while no service ran: attach it again if it is to be there always."""
-        if not entry.persistent:
+    async def _follow_up(self, entry: TrackerEntry) -> None:
+        """Deal with a tracker that ended while no service ran: it is wanted always, or somebody waits for it, or it is lost."""
+        ended = "the data path ended while no service ran"
+        if self._is_waited_for(entry):
+            await self._replace_lost(entry, ended)
+        elif not entry.persistent:
             _log.warning("%s is not tracked any more: what tracked it has ended", entry.path)
             await self._catalogue.trackers.drop(entry.key)
-            return
-        if not entry.insert and Identity.parse(entry.identity or "0:1").is_device:
+        elif not entry.insert and Identity.parse(entry.identity or "0:1").is_device:
             # Another disk may have its name now: the record says which one it is.
             await self._catalogue.trackers.drop(entry.key)
-            return
-        try:
-            device = self.inventory.get(entry.key)
-            await self.registry.attach(
-                device,
-                owner_uid=entry.owner_uid,
-                backend=entry.backend,
-                block_size=entry.block_size,
-                persistent=True,
-            )
-        except errors.BlksnapError as error:
-            _log.error("%s is to be tracked always, but cannot be now: %s", entry.path, error)
         else:
-            _log.info("%s is tracked again", entry.path)
+            await self._replace_lost(entry, ended)
+
+    def _is_waited_for(self, entry: TrackerEntry) -> bool:
+        """Whether the ublk device of a tracker is there and serves nobody, so that who uses it waits.
+
+        One of the same number from after a boot, or of another tracker, is another one.
+        """
+        if entry.ublk_id < 0 or not sysblock.ublk_number(entry.ublk_id):
+            return False
+        if any(tracked.tracker.placement.ublk_id == entry.ublk_id for _, tracked in self.registry):
+            return False
+        booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return entry.attached_at / 1e6 > booted_at
 
     # What happens by itself.
 
@@ -317,6 +331,9 @@ class Service:
             if name is not None:
                 await self.registry.refresh(name)
             return
+        if event.name == "origin.recovered":
+            _log.warning("%s goes on after a death of the data path", fields.text("origin"))
+            return
         if not event.name.startswith("snapshot."):
             _log.debug("the data path told %s, which this service does not know", event.name)
             return
@@ -338,8 +355,7 @@ class Service:
 
     async def _datapath_lost(self, reason: str) -> None:
         _log.error("the data path is gone: %s", reason)
-        self.snapshots.forget_all()
-        await self.registry.note_end()
+        self.registry.note_away(f"the data path is gone, and hoped to come back: {reason}")
         self._watcher.backends_changed()
         for attempt in range(1 << 30):
             await asyncio.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])

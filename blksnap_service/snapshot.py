@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from blksnap_service import errors
 from blksnap_service.catalogue import SnapshotEntry
+from blksnap_service.devices import Device
 from blksnap_service.engines import SnapshotStatus
 from blksnap_service.fds import OwnedFd
 
@@ -76,3 +79,15 @@ class Watcher(Protocol):
 
     def corrupted(self, snapshot: Snapshot, device: str, errno: int, message: str) -> None:
         """Old bytes of the device of that name could not be kept."""
+
+
+def distinct(devices: Sequence[Device]) -> list[str]:
+    """Return the names of the devices of a snapshot. Raises ``errors.InvalidArgument``, ``errors.LimitExceeded``."""
+    names = [device.name for device in devices]
+    if not names:
+        raise errors.InvalidArgument("a snapshot needs at least one device")
+    if len(set(names)) != len(names):
+        raise errors.InvalidArgument("a device is named twice")
+    if len(names) > MAX_DEVICES:
+        raise errors.LimitExceeded(f"a snapshot covers at most {MAX_DEVICES} devices")
+    return names

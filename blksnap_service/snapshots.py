@@ -21,7 +21,15 @@ from blksnap_service import errors, storage
 from blksnap_service.catalogue import Catalogue, SnapshotEntry
 from blksnap_service.devices import Device
 from blksnap_service.engines import SnapshotEngine, SnapshotStatus
-from blksnap_service.snapshot import MAX_DEVICES, MAX_HOLDS_PER_UID, Request, Snapshot, State, Watcher
+from blksnap_service.snapshot import (
+    MAX_DEVICES,
+    MAX_HOLDS_PER_UID,
+    Request,
+    Snapshot,
+    State,
+    Watcher,
+    distinct,
+)
 from blksnap_service.trackers import Registry
 
 _log = logging.getLogger(__name__)
@@ -47,6 +55,8 @@ class Snapshots:
         self._snapshots: dict[str, Snapshot] = {}
         self._choosing = asyncio.Lock()
         self._making: set[str] = set()
+        self._unwanted: set[str] = set()
+        """Those that came to nothing while their engine could not be told."""
 
     def __iter__(self) -> Iterator[Snapshot]:
         """Iterate over a copy of all snapshots."""
@@ -73,7 +83,7 @@ class Snapshots:
         with contextlib.ExitStack() as stack:
             if request.storage_fd is not None:
                 stack.callback(request.storage_fd.close)
-            names = _distinct(devices)
+            names = distinct(devices)
             if request.holder:
                 self._check_holds(request.owner_uid)
             async with self._locked(names), self._attaching(devices, request):
@@ -128,20 +138,28 @@ class Snapshots:
             try:
                 status = await self._engine_of(snapshot).status(snapshot.id)
             except errors.NotFound:
-                _log.warning("snapshot %s is gone", snapshot.id)
+                devices = ", ".join(snapshot.entry.devices)
+                _log.warning(
+                    "snapshot %s of %s did not survive: what held it has ended", snapshot.id, devices
+                )
                 await self._forget(snapshot)
                 return
             self._update(snapshot, status)
 
     async def adopt(self, bus_id: str) -> None:
-        """Take over what the engines hold and this process does not know.
+        """Bring this process in step with what the engines hold: take over what it does not know, forget what is not there.
 
-        Those the catalogue does not name belong to uid 0. What the catalogue names and no engine holds is forgotten. A
-        holder on another bus than ``bus_id`` has left: its snapshots end here.
+        What the catalogue does not name belongs to uid 0. A holder on another bus than ``bus_id`` has left: its snapshots
+        end here.
         """
+        for snapshot in self:
+            await self.refresh(snapshot)
         for engine in dict.fromkeys(self._engines.values()):
             for status in await engine.discover():
-                if status.snapshot not in self._snapshots and status.snapshot not in self._making:
+                if status.snapshot in self._unwanted:
+                    await engine.destroy(status.snapshot)
+                    self._unwanted.discard(status.snapshot)
+                elif status.snapshot not in self._snapshots and status.snapshot not in self._making:
                     entry = self._catalogue.snapshots.get(status.snapshot) or self._unknown(status)
                     snapshot = Snapshot(entry, status)
                     self._snapshots[snapshot.id] = snapshot
@@ -151,15 +169,8 @@ class Snapshots:
                         await self.destroy(snapshot)
         for entry in self._catalogue.snapshots:
             if entry.key not in self._snapshots and entry.key not in self._making:
-                devices = ", ".join(entry.devices)
-                _log.warning("snapshot %s of %s did not survive: what held it has ended", entry.key, devices)
+                _note_loss(entry)
                 await self._drop(entry)
-
-    def forget_all(self) -> None:
-        """Forget all, because what holds them is out of reach; the catalogue is kept for ``adopt``."""
-        for snapshot in self:
-            self._snapshots.pop(snapshot.id, None)
-            self._watcher.snapshot_removed(snapshot)
 
     def low_space(self, snapshot_id: str, used: int, limit: int) -> None:
         """Pass on what the engine told."""
@@ -223,7 +234,7 @@ class Snapshots:
         request: Request,
     ) -> Snapshot:
         try:
-            limit = _limit(request.limit, opened, sum(device.size for device in devices))
+            limit = opened.limit(request.limit, sum(device.size for device in devices))
             status = await engine.create(
                 entry.key, opened.fd, limit=limit, low_space=request.low_space, chunk_size=request.chunk_size
             )
@@ -244,7 +255,8 @@ class Snapshots:
         except errors.NotFound:
             pass
         except errors.BlksnapError as error:
-            _log.error("snapshot %s could not be undone: %s", entry.key, error)
+            self._unwanted.add(entry.key)
+            _log.error("snapshot %s could not be undone yet: %s", entry.key, error)
         await self._drop(entry)
 
     async def _take(self, snapshot: Snapshot) -> None:
@@ -377,20 +389,6 @@ class Snapshots:
         )
 
 
-def _distinct(devices: Sequence[Device]) -> list[str]:
-    names = [device.name for device in devices]
-    if not names:
-        raise errors.InvalidArgument("a snapshot needs at least one device")
-    if len(set(names)) != len(names):
-        raise errors.InvalidArgument("a device is named twice")
-    if len(names) > MAX_DEVICES:
-        raise errors.LimitExceeded(f"a snapshot covers at most {MAX_DEVICES} devices")
-    return names
-
-
-def _limit(wanted: int, opened: storage.Storage, sizes: int) -> int:
-    """Return the limit to ask the engine for, in bytes; by default everything can be kept if there is room for it."""
-    limit = wanted or min(sizes, opened.capacity)
-    if limit == 0:
-        raise errors.NoSpace(f"there is no space left for difference storage at {opened.path}")
-    return limit
+def _note_loss(entry: SnapshotEntry) -> None:
+    devices = ", ".join(entry.devices)
+    _log.warning("snapshot %s of %s did not survive: what held it has ended", entry.key, devices)

@@ -65,6 +65,16 @@ class Storage:
     capacity: int
     """Most bytes it can hold now: the size of a block device; of a file, its own blocks and its file system's free ones."""
 
+    def limit(self, wanted: int, sizes: int) -> int:
+        """Return the limit to ask an engine for, in bytes; by default everything of ``sizes`` bytes is kept if there is room.
+
+        Raises ``errors.NoSpace``.
+        """
+        limit = wanted or min(sizes, self.capacity)
+        if limit == 0:
+            raise errors.NoSpace(f"there is no space left for difference storage at {self.path}")
+        return limit
+
     def discard(self) -> None:
         """Close it, and remove the file if it was made here."""
         self.fd.close()

@@ -52,6 +52,9 @@ class Placement:
     """The ``N`` of ``/dev/ublkbN``, or -1."""
 
 
+NOWHERE = Placement()
+
+
 @dataclass(frozen=True, slots=True)
 class OpenMap:
     """A map and what its bytes mean, read together; the descriptor (read-only, sealed) belongs to the receiver.
@@ -114,13 +117,10 @@ class Tracker(Protocol):
         """Mark everything."""
 
     async def resize(self) -> None:
-        """Go by the present size of the origin, which has grown. Raises ``errors.Busy`` when that has to wait."""
+        """Go by the present size of the origin, which has grown. Raises ``errors.InvalidState`` when the kernel cannot."""
 
-    async def note_end(self) -> None:
-        """Note what ``Backend.resume`` must know, now that the backend has ended."""
-
-    def close(self) -> None:
-        """Let go of what it holds here; the origin goes on being tracked."""
+    def note_away(self, reason: str) -> None:
+        """Note in the last reading that nobody can be asked now, and that it is hoped that this passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +153,11 @@ class Backend(Protocol):
     def refusal(self, device: Device) -> errors.BlksnapError | None:
         """Return why it cannot track this device now, as far as one can tell without trying; None if it can."""
 
-    async def attach(self, device: Device, block_size: int) -> Attached:
-        """Track a device; ``block_size`` 0: by the rule. Raises ``errors.BlksnapError``; nothing is left behind then."""
+    async def attach(self, device: Device, block_size: int, before: Placement = NOWHERE) -> Attached:
+        """Track a device; ``block_size`` 0: by the rule.
 
-    async def resume(self, device: Device, ended: Tracker, block_size: int, last_reset: str) -> Attached:
-        """Attach again a device whose tracker ended with the backend; the caller closes ``ended``.
-
-        The generation goes on where that is proved to be right, else a new one begins with the reason and ``block_size``.
-        Raises as ``attach``.
+        ``before`` is where its tracker was, when that ended and what is left of it may still be there: it is taken over where
+        that is possible, and its history ends in any case. Raises ``errors.BlksnapError``; nothing is left behind then.
         """
 
     async def detach(self, tracker: Tracker, last_reset: str, *, force: bool) -> None:

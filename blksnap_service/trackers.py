@@ -8,7 +8,6 @@ the catalogue in step. It reads no maps (``mapreader``) and takes no snapshots (
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from blksnap_service.cbt import Geometry, InvalidRange
 from blksnap_service.devices import Device
 from blksnap_service.mapreader import MAX_RANGES, MapReader
 from blksnap_service.storage import Identity
-from blksnap_service.tracker import Backend, BackendInfo, Tracker, TrackerReading
+from blksnap_service.tracker import Backend, BackendInfo, Placement, Tracker, TrackerReading
 
 _log = logging.getLogger(__name__)
 
@@ -68,8 +67,8 @@ class Registry:
         self._watcher = watcher
         self._made_of = made_of
         self._tracked: dict[str, Tracked] = {}
-        self._ended: dict[str, Tracked] = {}
-        """Trackers that ran when their backend ended, until they run again or are given up."""
+        self.unwanted: set[str] = set()
+        """Origins a failed attach may have left behind."""
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def __iter__(self) -> Iterator[tuple[str, Tracked]]:
@@ -142,10 +141,6 @@ class Registry:
         """Attach as ``attach`` does; the caller holds the device's lock."""
         if device.name in self._tracked:
             raise errors.AlreadyTracked(f"{device.path} is already tracked")
-        if device.name in self._ended:
-            raise errors.Busy(
-                f"{device.path} is about to be tracked again by itself: wait, or detach it first"
-            )
         if ours := self._ours(device):
             raise errors.NotSupported(f"{device.path} is {ours}: it cannot be tracked itself")
         chosen = self._choose(device, backend)
@@ -161,11 +156,15 @@ class Registry:
             block_size=block_size,
             identity="",
         )
+        self.unwanted.discard(device.origin)
         before = self._catalogue.trackers.get(device.name)
         await self._catalogue.trackers.put(entry)
         try:
             attached = await chosen.attach(device, block_size)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, errors.NotAvailable):
+                # It may have ended in the middle, and come back with what nobody waits for any more.
+                self.unwanted.add(device.origin)
             if before is not None and before.persistent:
                 await self._catalogue.trackers.put(before)
             else:
@@ -183,10 +182,7 @@ class Registry:
         tracked = self._tracked.get(device.name)
         if tracked is None:
             entry = self._catalogue.trackers.get(device.name)
-            ended = self._ended.pop(device.name, None)
-            if ended is not None:
-                ended.tracker.close()
-            if ended is not None or (entry is not None and entry.persistent):
+            if entry is not None and entry.persistent:
                 # It was to be attached by itself and is not yet: this is how one stops that.
                 await self._catalogue.trackers.drop(device.name)
                 return
@@ -265,68 +261,34 @@ class Registry:
     async def adopt(self, device: Device, tracker: Tracker, entry: TrackerEntry) -> None:
         """Take over a tracker that runs already, unless it was just attached here."""
         async with self.lock(device.name):
-            if device.name in self._tracked:
-                tracker.close()
-                return
-            await self._admit(device.name, tracker, entry, entry.last_reset)
-            if not tracker.last.reason:
-                # From now on it holds what is left when the backend ends. One that hangs would keep others waiting.
-                with contextlib.suppress(errors.BlksnapError):
-                    await self.refresh(device.name)
+            if device.name not in self._tracked:
+                await self._admit(device.name, tracker, entry, entry.last_reset)
 
     def forget(self, name: str) -> None:
         """Drop a tracker that is gone; the catalogue is not touched."""
-        if (tracked := self._tracked.pop(name, None)) is not None:
-            tracked.tracker.close()
+        if self._tracked.pop(name, None) is not None:
             self._watcher.tracker_removed(name)
-
-    def close(self) -> None:
-        """Let go of what all trackers hold here; they go on."""
-        for tracked in (*self._tracked.values(), *self._ended.values()):
-            tracked.tracker.close()
 
     # What happens when a backend ends.
 
-    def ended(self) -> list[TrackerEntry]:
-        """The trackers that ran when their backend ended and do not run again yet."""
-        return [tracked.entry for tracked in self._ended.values()]
+    def note_away(self, reason: str) -> None:
+        """No backend can be asked for a while; what it tracks is hoped to be tracked still."""
+        for name, tracked in self:
+            tracked.tracker.note_away(reason)
+            self._watcher.tracker_changed(name)
 
-    async def note_end(self) -> None:
-        """All trackers have ended with their backend: forget them, but keep what ``resume`` needs."""
-        fresh = self._tracked.copy()
-        self._tracked.clear()
-        self._ended.update(fresh)
-        for name in fresh:
-            self._watcher.tracker_removed(name)
-        await asyncio.gather(*(tracked.tracker.note_end() for tracked in fresh.values()))
+    async def replace(self, device: Device, entry: TrackerEntry, reason: str) -> None:
+        """Track again what its backend has lost, in the same place as far as possible: with a new generation.
 
-    async def resume(self, device: Device) -> None:
-        """Attach again what ran when its backend ended, unless somebody has detached it. Raises as ``attach``.
-
-        Its owner and the time of its attach stay. A new generation is told like any other.
+        Its owner and the time of its attach stay. Raises as ``attach``.
         """
         async with self.lock(device.name):
-            ended = self._ended.get(device.name)
-            if ended is None:
-                return
-            backend, entry = self._backends[ended.entry.backend], ended.entry
-            before = ended.tracker.last.generation
-            attached = await backend.resume(device, ended.tracker, entry.block_size, entry.last_reset)
-            await self._admit(device.name, attached.tracker, entry, attached.last_reset)
-            now = attached.tracker.last.generation
-            if now == before:
-                _log.info("%s is tracked again, and its generation goes on", entry.path)
-                return
-            _log.warning("%s is tracked again, as a new generation: %s", entry.path, attached.last_reset)
-            self._watcher.generation_started(device.name, now, attached.last_reset)
-
-    async def give_up(self, name: str) -> None:
-        """Forget a tracker that cannot be attached again; one that is to be there always stays in the catalogue."""
-        async with self.lock(name):
-            if (ended := self._ended.pop(name, None)) is not None:
-                ended.tracker.close()
-                if not ended.entry.persistent:
-                    await self._catalogue.trackers.drop(name)
+            before = Placement(entry.top, entry.insert, entry.ublk_id)
+            attached = await self._backends[entry.backend].attach(device, entry.block_size, before)
+            last_reset = f"{reason}: {attached.last_reset}"
+            await self._admit(device.name, attached.tracker, entry, last_reset)
+            _log.warning("%s is tracked again, as a new generation: %s", entry.path, last_reset)
+            self._watcher.generation_started(device.name, attached.tracker.last.generation, last_reset)
 
     async def _admit(self, name: str, tracker: Tracker, entry: TrackerEntry, last_reset: str) -> None:
         placement = tracker.placement
@@ -338,10 +300,12 @@ class Registry:
             insert=placement.insert,
             ublk_id=placement.ublk_id,
         )
+        known = name in self._tracked
         self._tracked[name] = Tracked(tracker, MapReader(tracker), entry)
-        if (ended := self._ended.pop(name, None)) is not None:
-            ended.tracker.close()
-        self._watcher.tracker_added(name)
+        if known:
+            self._watcher.tracker_changed(name)
+        else:
+            self._watcher.tracker_added(name)
         try:
             await self._catalogue.trackers.put(entry)
         except errors.BlksnapError as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from blksnap_service import errors
 from blksnap_service.devices import Device
 from blksnap_service.storage import Identity
-from blksnap_service.tracker import Attached, BackendInfo, Tracker
+from blksnap_service.tracker import NOWHERE, Attached, BackendInfo, Placement, Tracker
 
 
 class PlannedBackend:
@@ -23,14 +23,9 @@ class PlannedBackend:
         """Return the reason."""
         return errors.NotAvailable(f"{device.path} cannot be tracked by {self.info.name}: {self.info.reason}")
 
-    async def attach(self, device: Device, block_size: int) -> Attached:
+    async def attach(self, device: Device, block_size: int, before: Placement = NOWHERE) -> Attached:
         """Raise the reason."""
-        del block_size
-        raise self.refusal(device)
-
-    async def resume(self, device: Device, ended: Tracker, block_size: int, last_reset: str) -> Attached:
-        """Raise the reason."""
-        del ended, block_size, last_reset
+        del block_size, before
         raise self.refusal(device)
 
     async def detach(self, tracker: Tracker, last_reset: str, *, force: bool) -> None:

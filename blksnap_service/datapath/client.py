@@ -173,13 +173,9 @@ class DatapathClient:
         reply = await _plain(self._operations.request("origin.mark-all", origin=origin))
         return Fields(reply, "mark").number("blocks")
 
-    async def origin_reset(self, origin: str, generation: str, reason: str) -> OriginMaps:
-        """Start a new generation with empty maps."""
-        return _maps(
-            await self._operations.request(
-                "origin.reset", origin=origin, generation=generation, reason=reason
-            )
-        )
+    async def origin_resize(self, origin: str) -> OriginMaps:
+        """Go by the present size of an origin that has grown: what is new counts as changed, the generation goes on."""
+        return _maps(await self._operations.request("origin.resize", origin=origin))
 
     async def origin_remove(self, origin: str, *, force: bool) -> OriginMaps:
         """Stop tracking; returns the final reading and maps. Raises ``errors.Busy`` when in use."""

@@ -2,14 +2,16 @@
 """Finds, adopts or starts the data path process.
 
 The process outlives the service: it is started detached (own session, own standard streams) and never killed from here.
-Of a runtime directory there is one data path; its control socket is the way in, its lock decides who is first. What
-it serves is the business of ``client``.
+What is started is a holder, which starts the data path itself, and again when that dies. Of a runtime directory there
+is one; its lock decides who is first, the data path's control socket is the way in. Under systemd a unit does all that
+before the service starts. What is served is the business of ``client``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -33,8 +35,10 @@ _log = logging.getLogger(__name__)
 
 BINARY = "blksnap-datapath"
 SOCKET = "datapath.sock"
+LOCK = "datapath.pid"
 LOG = "datapath.log"
 READY_TIMEOUT_S = 15.0
+_POLL_S = 0.05
 _EXIT_LOCKED = 3
 """Exit status of a second data path on one runtime directory."""
 ORIGIN_NAME_MAX = 29
@@ -84,10 +88,11 @@ def check_socket_paths(runtime_dir: Path) -> None:
 class Datapath:
     """The data path of one runtime directory: connected to a running one, or to one just started."""
 
-    def __init__(self, runtime_dir: Path, binary: Path | None = None) -> None:
-        """Name the directory; ``binary`` overrides the search. Nothing is started yet."""
+    def __init__(self, runtime_dir: Path, binary: Path | None = None, *, connect_only: bool = False) -> None:
+        """Name the directory; ``binary`` overrides the search. Nothing is started yet, with ``connect_only`` never."""
         self._runtime_dir = runtime_dir
         self._binary = binary
+        self._connect_only = connect_only
         self._client: DatapathClient | None = None
         self._started = False
         self._trouble = "the service is not connected to the data path"
@@ -166,9 +171,13 @@ class Datapath:
             except (FileNotFoundError, ConnectionRefusedError):
                 if asyncio.get_running_loop().time() > deadline:
                     raise errors.NotAvailable(
-                        f"the data path in {self._runtime_dir} holds its lock but does not accept connections"
+                        f"the data path in {self._runtime_dir} does not accept connections; its log says why"
                     ) from None
-                await self._start()
+                if self._connect_only or self._is_held():
+                    # It is starting, or starting again.
+                    await asyncio.sleep(_POLL_S)
+                else:
+                    await self._start()
             except OSError as error:
                 raise errors.NotAvailable(
                     f"the data path at {self.socket} cannot be reached: {(error.strerror or str(error)).lower()}"
@@ -176,8 +185,19 @@ class Datapath:
             else:
                 return client
 
+    def _is_held(self) -> bool:
+        """Whether somebody holds the lock: a holder, or a data path without one."""
+        try:
+            with OwnedFd(os.open(self._runtime_dir / LOCK, os.O_RDONLY | os.O_CLOEXEC)) as lock:
+                fcntl.flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     async def _start(self) -> None:
-        """Start a data path and wait until it accepts, or until another one turns out to hold the lock."""
+        """Start a holder and wait until its data path accepts, or until another one turns out to hold the lock."""
         binary = find_binary(self._binary)
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         with OwnedFd(read_end) as ready:
@@ -199,8 +219,8 @@ class Datapath:
             return
         status = await watch
         if status == _EXIT_LOCKED:
-            # Another service started one at the same time; its socket may be a moment away.
-            await asyncio.sleep(0.1)
+            # Another service started one at the same time.
+            await asyncio.sleep(_POLL_S)
             return
         raise errors.NotAvailable(
             f"{binary} ended with status {status} instead of getting ready: {self._last_log_line()}"
@@ -224,7 +244,7 @@ class Datapath:
                 # No object of subprocess or asyncio: those warn about, or kill, a child that outlives them.
                 return os.posix_spawn(
                     binary,
-                    [str(binary), "--runtime-dir", str(self._runtime_dir)],
+                    [str(binary), "--hold", "--runtime-dir", str(self._runtime_dir)],
                     os.environ,
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),

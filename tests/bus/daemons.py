@@ -133,22 +133,42 @@ class Daemon:
         return None
 
     def kill_datapath(self) -> None:
-        """Kill the data path as the kernel would when memory runs out."""
+        """Kill the data path as the kernel would when memory runs out; another one follows."""
         pid = self.datapath_pid()
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        end = time.monotonic() + 10
-        while Path(f"/proc/{pid}/cmdline").exists() and self.datapath_pid() == pid:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        _await_end(pid)
+
+    def lose_datapath(self) -> None:
+        """Kill the data path and the holder that would start it again: nobody has what they kept."""
+        pid = self.datapath_pid()
+        assert pid is not None
+        holder = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+        assert b"--hold" in Path(f"/proc/{holder}/cmdline").read_bytes()
+        for one in (holder, pid):
+            os.kill(one, signal.SIGKILL)
+            _await_end(one)
 
     def clean_up(self) -> None:
         """End whatever still runs."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        if self.datapath_pid() is not None:
-            self.kill_datapath()
+        end = time.monotonic() + START_S
+        while (pid := self.datapath_pid()) is not None:
+            # In order: its holder ends with it.
+            os.kill(pid, signal.SIGTERM)
+            assert time.monotonic() < end, "the data path does not end"
+            time.sleep(0.1)
+
+
+def _await_end(pid: int) -> None:
+    """Wait until a process is gone, or is a zombie that nobody has waited for yet."""
+    end = time.monotonic() + START_S
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
+            assert time.monotonic() < end, f"process {pid} does not end"
+            time.sleep(0.01)
 
 
 class Client:

@@ -164,6 +164,9 @@ async def test_a_reply_in_the_step_of_the_cancellation_leaves_no_descriptors_ope
 ) -> None:
     """The future has its result and the task its cancellation at the same time."""
     (await client.origin_add("a", image(tmp_path), generation=GENERATION)).close()
+    # The fake is done with what it sent when it answers the next request.
+    await client.origin_info("a")
+    await client.origin_info("a")
     before = open_descriptors()
     waiting = asyncio.create_task(client.origin_maps("a"))
     await asyncio.sleep(0)

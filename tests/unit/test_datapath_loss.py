@@ -1,229 +1,240 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What becomes of trackers when their data path ends under a service that goes on."""
+"""What becomes of trackers and snapshots when their data path ends under a service that goes on."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from blksnap_service import errors
-from blksnap_service.cbt import View
+from blksnap_service.cbt import GenerationId, View
+from blksnap_service.changemap import ChangeMap
 from blksnap_service.snapshot import Request
 from tests.unit.fakes.datapath import FakeDatapath, Refusal, running
+from tests.unit.fakes.machine import Machine
 from tests.unit.fakes.service import MIB, Running, running_service
 
 BLOCK = 65_536
-ENDED = "the data path ended unexpectedly: "
+NAME = "disk_2eimg"
+LOST = "the data path ended and lost its map: "
 
 
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[Running]:
-    """A service over a fake data path."""
-    with running(tmp_path / "run") as fake:
-        async with running_service(tmp_path, fake) as one:
-            yield one
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for a data path more often than a service of users does."""
+    monkeypatch.setattr("blksnap_service.service.RETRY_S", (0.05,))
 
 
 @contextlib.asynccontextmanager
-async def another(rig: Running, prepare: Callable[[FakeDatapath], None] | None = None) -> AsyncIterator[None]:
-    """Kill the data path, start another one, wait until the tracker runs again."""
+async def recovery(rig: Running) -> AsyncIterator[None]:
+    """The data path dies and is back with all it had; what the block does happens while it is away."""
+    away = rig.fake
+    rig.watcher.told.clear()
+    away.accepting.clear()
+    await asyncio.to_thread(away.drop_connections)
+    await rig.told("backends")
+    yield
+    rig.watcher.told.remove("backends")
+    away.accepting.set()
+    await rig.told("backends")
+    await settled(rig)
+
+
+@contextlib.asynccontextmanager
+async def successor(rig: Running) -> AsyncIterator[FakeDatapath]:
+    """The data path dies, and another one that knows of nothing takes its place."""
     rig.watcher.told.clear()
     await asyncio.to_thread(rig.fake.close)
     await rig.told("backends")
+    rig.watcher.told.remove("backends")
     with running(rig.fake.runtime_dir) as fake:
-        if prepare is not None:
-            prepare(fake)
         rig.fake = fake
-        await rig.told("+tracker")
-        await asyncio.sleep(0.05)
-        yield
+        yield fake
 
 
-async def test_a_generation_goes_on_when_the_map_is_whole(rig: Running) -> None:
-    """Same owner, time, numbers and reason; what was written before the end is in the map, and no signal is sent."""
+async def settled(rig: Running) -> None:
+    """Wait until nothing is recovering any more."""
+    async with asyncio.timeout(10):
+        registry = rig.service.registry
+        while any(one.tracker.last.state == "recovering" for _, one in registry):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+
+
+async def test_a_recovered_data_path_goes_on_where_it_was(rig: Running, fake: FakeDatapath) -> None:
+    """Trackers and snapshots stay objects, nothing says that a generation began, and maps have what was written before."""
     device = await rig.tracked()
-    await rig.service.snapshots.create([device], Request(owner_uid=0))
-    rig.fake.write(device.origin, 3 * BLOCK, 1)
-    before = rig.service.registry.get(device.name)
-    reading = before.tracker.last
-    async with another(rig):
-        after = rig.service.registry.get(device.name)
-        assert after.entry == before.entry
-        assert (after.tracker.last.generation, after.tracker.last.active) == (reading.generation, 2)
-        assert (await after.reader.changed_ranges(View.LIVE, 1, 0, 10))[0].tolist() == [[3 * BLOCK, BLOCK]]
-        assert after.tracker.node == before.tracker.node
-        assert rig.catalogue.trackers.get(device.name) == before.entry
-        assert not any(told.startswith("generation") for told in rig.watcher.told)
-        assert rig.watcher.told[:3] == ["-snapshot", "-tracker disk_2eimg", "backends"]
-
-
-async def test_a_map_that_slid_goes_on_too(rig: Running) -> None:
-    """The service holds each new memory file as soon as it has told of the take that began it."""
-    device = await rig.tracked()
-    origin = rig.fake.origins[device.origin]
-    for _ in range(254):
-        origin.map.take(origin.map.generation)
     snapshot = await rig.service.snapshots.create([device], Request(owner_uid=0))
-    await rig.service.snapshots.destroy(snapshot)
-    reading = rig.service.registry.get(device.name).tracker.last
-    assert reading.base > 0
-    rig.fake.write(device.origin, 0, 1)
-    async with another(rig):
-        now = rig.service.registry.get(device.name)
-        assert (now.tracker.last.generation, now.tracker.last.active, now.tracker.last.base) == (
-            reading.generation, reading.active, reading.base,
-        )  # fmt: skip
-        assert (await now.reader.changed_ranges(View.LIVE, reading.changes, 0, 10))[0].tolist() == [
-            [0, BLOCK]
-        ]
+    fake.write(device.origin, 3 * BLOCK, 1)
+    before = rig.service.registry.get(device.name)
+    await before.tracker.read()
+    reading = before.tracker.last
+    async with recovery(rig):
+        assert before.tracker.last.state == "recovering"
+        assert rig.watcher.told == [f"~tracker {NAME}", "backends"]
+    after = rig.service.registry.get(device.name)
+    assert after.entry == before.entry
+    assert after.tracker.last == reading
+    assert (await after.reader.changed_ranges(View.LIVE, 1, 0, 10))[0].tolist() == [[3 * BLOCK, BLOCK]]
+    assert list(rig.service.snapshots) == [snapshot]
+    assert rig.watcher.told == [f"~tracker {NAME}", "backends", f"~tracker {NAME}"]
 
 
-async def test_a_tracker_adopted_at_start_goes_on(tmp_path: Path) -> None:
-    """A service that was restarted holds what it needs from then on."""
-    with running(tmp_path / "run") as fake:
-        async with running_service(tmp_path, fake) as first:
-            await first.tracked()
-        async with running_service(tmp_path, fake) as second:
-            ((_, before),) = second.service.registry
-            async with another(second):
-                ((_, after),) = second.service.registry
-                assert after.tracker.last.generation == before.tracker.last.generation
+async def test_while_it_recovers_requests_say_so(rig: Running) -> None:
+    """Nothing is forgotten, and nothing is changed behind the data path's back."""
+    device = await rig.tracked()
+    async with recovery(rig):
+        for request in (
+            rig.service.detach(device, force=False),
+            rig.service.registry.mark_all(device.name),
+            rig.service.snapshots.create([device], Request(owner_uid=0)),
+        ):
+            with pytest.raises(errors.NotAvailable, match="data path"):
+                await request
+        with pytest.raises(errors.AlreadyTracked):
+            await rig.service.registry.attach(device, owner_uid=0)
+    assert device.name in rig.service.registry
+    assert list(rig.catalogue.snapshots) == []
 
 
-def _new_map(rig: Running, origin: str, _: Path) -> None:
-    """Let the data path go to another memory file that nobody told the service of."""
-    one = rig.fake.origins[origin]
-    for _take in range(300):
-        one.map.take(one.map.generation)
-    rig.fake.sync(origin)
+async def test_a_generation_that_ended_in_between_is_told(rig: Running, fake: FakeDatapath) -> None:
+    """The data path knows best whether its map is whole."""
+    device = await rig.tracked()
+    async with recovery(rig):
+        other = GenerationId("11111111-2222-4333-8444-555555555555")
+        fake.origins[device.origin].map = ChangeMap(MIB, other)
+    await rig.told("generation")
+    tracked = rig.service.registry.get(device.name)
+    assert tracked.tracker.last.generation == "11111111-2222-4333-8444-555555555555"
+    assert f"generation {NAME}: {tracked.entry.last_reset}" in rig.watcher.told
 
 
-def _no_page(rig: Running, origin: str, _: Path) -> None:
-    os.pwrite(rig.fake.origins[origin].page, bytes(64), 0)
+async def test_what_failed_in_between_is_told(rig: Running, fake: FakeDatapath) -> None:
+    """State that accompanied an event nobody heard."""
+    device = await rig.tracked()
+    snapshot = await rig.service.snapshots.create([device], Request(owner_uid=0))
+    async with recovery(rig):
+        fake.snapshots[snapshot.id].state = "failed"
+        fake.origins[device.origin].state = "broken"
+        fake.origins[device.origin].reason = "the disk is gone"
+    assert snapshot.state == "failed"
+    assert rig.service.registry.get(device.name).tracker.last.state == "broken"
 
 
-def _grow(_rig: Running, _origin: str, path: Path) -> None:
-    os.truncate(path, 2 * MIB)
+async def test_an_attach_nobody_waits_for_any_more_is_undone(rig: Running, fake: FakeDatapath) -> None:
+    """It was under way and may have been carried out by the one that died."""
+    device = await rig.image()
+    fake.die_after("origin.add")
+    with pytest.raises(errors.NotAvailable):
+        await rig.service.registry.attach(device, owner_uid=0)
+    async with asyncio.timeout(10):
+        while fake.origins:  # noqa: ASYNC110 - the fake tells nobody
+            await asyncio.sleep(0.01)
+    assert (list(rig.service.registry), list(rig.catalogue.trackers)) == ([], [])
+    await rig.service.registry.attach(device, owner_uid=0)
 
 
-def _replace(_rig: Running, _origin: str, path: Path) -> None:
-    other = path.with_suffix(".new")
-    other.write_bytes(bytes(MIB))
-    other.rename(path)
+async def test_a_snapshot_nobody_waits_for_any_more_is_undone(rig: Running, fake: FakeDatapath) -> None:
+    """Nobody knows of it, and its storage would fill."""
+    device = await rig.tracked()
+    fake.die_after("snapshot.take")
+    with pytest.raises(errors.NotAvailable):
+        await rig.service.snapshots.create([device], Request(owner_uid=0))
+    async with asyncio.timeout(10):
+        while fake.snapshots:  # noqa: ASYNC110 - the fake tells nobody
+            await asyncio.sleep(0.01)
+    await settled(rig)
+    assert (list(rig.service.snapshots), list(rig.catalogue.snapshots)) == ([], [])
 
 
-@pytest.mark.parametrize(
-    "spoil, reason",
-    [
-        (_new_map, "not in reach of the service"),
-        (_no_page, "no state that can be read"),
-        (_grow, f"size changed from {MIB} to {2 * MIB}"),
-        (_replace, "replaced, while nothing tracked it"),
-    ],
-)
-async def test_doubt_starts_a_generation(
-    rig: Running, spoil: Callable[[Running, str, Path], None], reason: str
-) -> None:
-    """With a reason, a signal, and the block size once asked for; the tracker runs all the same."""
+async def test_a_data_path_that_lost_everything_starts_a_generation(rig: Running) -> None:
+    """With the reason, a signal, the owner and the block size that was asked for; snapshots are gone."""
     device = await rig.image()
     await rig.service.registry.attach(device, owner_uid=1000, block_size=4096)
     before = rig.service.registry.get(device.name)
-    spoil(rig, device.origin, Path(device.path))
-    async with another(rig):
+    await rig.service.snapshots.create([device], Request(owner_uid=0))
+    async with successor(rig):
+        await rig.told("generation")
+        await rig.told("-snapshot")
         after = rig.service.registry.get(device.name)
         assert after.tracker.last.generation != before.tracker.last.generation
         assert (after.tracker.last.block_size, after.entry.owner_uid) == (4096, 1000)
-        assert after.entry.last_reset.startswith(ENDED)
-        assert reason in after.entry.last_reset
-        assert f"generation disk_2eimg: {after.entry.last_reset}" in rig.watcher.told
+        assert after.entry.attached_at == before.entry.attached_at
+        assert after.entry.last_reset.startswith(LOST)
+        assert f"generation {NAME}: {after.entry.last_reset}" in rig.watcher.told
+        assert f"-tracker {NAME}" not in rig.watcher.told
+        assert rig.catalogue.trackers.get(device.name) == after.entry
+        assert list(rig.catalogue.snapshots) == []
+        assert list(rig.storage.iterdir()) == []
 
 
-async def test_a_write_while_nothing_tracked_starts_a_generation(rig: Running) -> None:
-    """Between the end of one data path and the start of the next anybody can write the file."""
+async def test_an_older_map_never_comes_back(rig: Running) -> None:
+    """The detach before the attach saved one; what was written since is not in it."""
     device = await rig.tracked()
-    before = rig.service.registry.get(device.name)
-    await asyncio.to_thread(rig.fake.close)
-    await rig.told("backends")
-    Path(device.path).write_bytes(b"x" * MIB)
-    with running(rig.fake.runtime_dir):
+    await rig.service.detach(device, force=False)
+    await rig.service.registry.attach(device, owner_uid=1000)
+    before = rig.service.registry.get(device.name).tracker.last.generation
+    async with successor(rig):
         await rig.told("generation")
-        after = rig.service.registry.get(device.name)
-        assert after.tracker.last.generation != before.tracker.last.generation
-        assert "while nothing tracked it" in after.entry.last_reset
-
-
-async def test_a_map_the_data_path_refuses_starts_a_generation(rig: Running) -> None:
-    """A byte newer than the numbers cannot be right."""
-    device = await rig.tracked()
-    before = rig.service.registry.get(device.name)
-    os.pwrite(rig.fake.origins[device.origin].live, b"\xff", 0)
-    async with another(rig):
-        after = rig.service.registry.get(device.name)
-        assert after.tracker.last.generation != before.tracker.last.generation
-        assert after.entry.last_reset.startswith(ENDED + "the map to go on from was refused")
+        assert rig.service.registry.get(device.name).tracker.last.generation != before
 
 
 async def test_a_tracker_that_cannot_come_back_is_said(
     rig: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The entry goes, the next attach begins a generation, nothing stays open."""
+    """The entry goes, and the next attach begins a generation."""
     device = await rig.tracked()
+    rig.watcher.told.clear()
     await asyncio.to_thread(rig.fake.close)
     await rig.told("backends")
     with running(rig.fake.runtime_dir) as fake:
         fake.refuse["origin.add"] = Refusal("busy", "locked by another process")
-        while list(rig.catalogue.trackers):  # noqa: ASYNC110 - a table tells nobody
-            await asyncio.sleep(0.02)
+        await rig.told("-tracker")
+        await settled(rig)
         assert f"{device.path} is not tracked any more: locked by another process" in caplog.text
+        assert list(rig.catalogue.trackers) == []
         fake.refuse.clear()
         await rig.service.registry.attach(device, owner_uid=0)
         assert "without a clean detach" in rig.service.registry.get(device.name).entry.last_reset
 
 
-async def test_a_tracker_that_is_to_come_back_can_be_detached(rig: Running) -> None:
-    """While the data path is away: then it does not come back, and until then it cannot be attached twice."""
+async def test_a_data_path_that_ends_again_loses_nothing(rig: Running, fake: FakeDatapath) -> None:
+    """Before it could be asked what it has."""
     device = await rig.tracked()
-    await asyncio.to_thread(rig.fake.close)
-    await rig.told("backends")
-    with pytest.raises(errors.Busy, match="by itself"):
-        await rig.service.registry.attach(device, owner_uid=0)
-    await rig.service.detach(device, force=False)
-    assert list(rig.catalogue.trackers) == []
-    rig.watcher.told.clear()
-    with running(rig.fake.runtime_dir) as fake:
-        await rig.told("backends")
-        await asyncio.sleep(0.1)
-        assert fake.origins == {}
-
-
-async def test_a_data_path_that_ends_again_loses_nothing(rig: Running) -> None:
-    """What could not be attached to the second goes on in the third."""
-    device = await rig.tracked()
-    before = rig.service.registry.get(device.name)
-    await asyncio.to_thread(rig.fake.close)
-    await rig.told("backends")
-    rig.watcher.told.clear()
-    with running(rig.fake.runtime_dir) as second:
-        second.refuse["list"] = Refusal("io", "not now")
-        await rig.told("backends")
+    before = rig.service.registry.get(device.name).tracker.last
+    fake.refuse["list"] = Refusal("io", "not now")
     async with asyncio.timeout(20):
-        with running(rig.fake.runtime_dir):
-            await rig.told("+tracker")
-            after = rig.service.registry.get(device.name)
-            assert after.tracker.last.generation == before.tracker.last.generation
+        rig.watcher.told.clear()
+        await asyncio.to_thread(fake.drop_connections)
+        while rig.watcher.told.count("backends") < 2:  # noqa: ASYNC110 - the watcher wakes one
+            await asyncio.sleep(0.01)
+        fake.refuse.clear()
+        await asyncio.to_thread(fake.drop_connections)
+        await settled(rig)
+    assert rig.service.registry.get(device.name).tracker.last == before
 
 
-async def test_snapshots_of_a_dead_data_path_are_gone(rig: Running, caplog: pytest.LogCaptureFixture) -> None:
-    """Their old data was in its memory: they are removed, their storage too, and the log says which of what."""
-    device = await rig.tracked()
-    snapshot = await rig.service.snapshots.create([device], Request(owner_uid=0))
-    async with another(rig):
-        assert rig.watcher.told[0] == "-snapshot"
-        assert list(rig.catalogue.snapshots) == []
-        assert f"snapshot {snapshot.id} of disk_2eimg did not survive" in caplog.text
-        assert list(rig.storage.iterdir()) == []
+async def test_ublk_devices_left_behind_are_taken_over(
+    tmp_path: Path, fake: FakeDatapath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the node mounted waits for them: also when no service ran, and nobody asked for that."""
+    machine = Machine(tmp_path, monkeypatch)
+    device = machine.disk("sdb")
+    async with running_service(tmp_path, fake) as first:
+        first.service.inventory.keep(device)
+        first.blocks.devices[device.name] = device
+        await first.service.registry.attach(device, owner_uid=1000)
+        generation = first.service.registry.get(device.name).tracker.last.generation
+    machine.disk("ublkb0")
+    await asyncio.to_thread(fake.close)
+    with running(fake.runtime_dir) as another:
+        async with running_service(tmp_path, another, blocks=first.blocks) as second:
+            after = second.service.registry.get(device.name)
+            assert after.tracker.last.generation != generation
+            assert after.entry.owner_uid == 1000
+            assert "while no service ran" in after.entry.last_reset
+            assert (after.entry.top, after.entry.ublk_id) == ("blksnap-sdb", 0)

@@ -114,14 +114,3 @@ async def test_a_snapshot_that_vanished_is_forgotten(rig: Running, fake: FakeDat
     await rig.service.snapshots.refresh(snapshot)
     assert nothing_left(rig)
     assert rig.watcher.told[-1] == "-snapshot"
-
-
-async def test_losing_the_connection_keeps_snapshots(rig: Running, fake: FakeDatapath) -> None:
-    """What the data path still has is adopted again, with its owner."""
-    snapshot = await rig.service.snapshots.create([await rig.tracked()], MINE)
-    fake.drop_connections()
-    await rig.told("-snapshot")
-    while not list(rig.service.snapshots):
-        rig.watcher.something.clear()
-        await rig.watcher.something.wait()
-    assert rig.service.snapshots.get(snapshot.id).entry == snapshot.entry

@@ -109,20 +109,6 @@ async def test_a_broken_origin_is_told(rig: Running, fake: FakeDatapath) -> None
     assert only(rig).tracker.last.state == "broken"
 
 
-async def test_a_lost_connection_is_made_again_and_nothing_else_changes(
-    rig: Running, fake: FakeDatapath
-) -> None:
-    """The data path is still there: its trackers are adopted, and ask no new attach."""
-    await rig.tracked()
-    before = only(rig).entry
-    fake.drop_connections()
-    await rig.told("-tracker")
-    while rig.watcher.told[-1] != "+tracker disk_2eimg":
-        rig.watcher.something.clear()
-        await rig.watcher.something.wait()
-    assert only(rig).entry == before
-
-
 async def test_while_the_data_path_is_away_requests_say_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,7 +28,7 @@ from blksnap_service.devices import Device
 from blksnap_service.fds import OwnedFd
 from blksnap_service.savedmaps import ClaimedMap, Fingerprint, MapHeader, SavedMaps, UnusableMap
 from blksnap_service.storage import Identity
-from blksnap_service.tracker import Attached, BackendInfo, Placement, Tracker
+from blksnap_service.tracker import NOWHERE, Attached, BackendInfo, Placement, Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -72,20 +72,23 @@ class DatapathBackend(ABC):
         """Return why it cannot track this device now, as far as one can tell without trying; None if it can."""
 
     @abstractmethod
-    def place(self, device: Device) -> Place:
-        """Open a device and choose where its tracker goes. Blocks. Raises ``errors.BlksnapError``."""
+    def place(self, device: Device, before: Placement) -> Place:
+        """Open a device and choose where its tracker goes, if possible where one was ``before``.
+
+        Blocks. Raises ``errors.BlksnapError``.
+        """
 
     @abstractmethod
     def in_use(self, tracker: Tracker) -> str:
         """Return what uses the node of a tracker that could not be detached, for people; empty if unknown. Blocks."""
 
-    async def attach(self, device: Device, block_size: int) -> Attached:
+    async def attach(self, device: Device, block_size: int, before: Placement = NOWHERE) -> Attached:
         """Open the origin, continue its saved map or begin a generation, and hand both to the data path.
 
-        Raises what ``place`` raises, ``errors.Busy`` (another process has locked the file), ``errors.AlreadyTracked``
+        The saved map of a tracker that was lost is marked as one of an unclean end, and never continued. Raises what ``place`` raises, ``errors.Busy`` (another process has locked the file), ``errors.AlreadyTracked``
         (the same file under another name), ``errors.InvalidArgument`` (block size).
         """
-        place = await asyncio.to_thread(self.place, device)
+        place = await asyncio.to_thread(self.place, device, before)
         with contextlib.closing(place):
             claimed, reason = await self._claim(device, place.origin, block_size)
             try:
@@ -100,32 +103,9 @@ class DatapathBackend(ABC):
                     claimed.data.close()
         return self._attached(maps, place.identity, reason)
 
-    async def resume(self, device: Device, ended: Tracker, block_size: int, last_reset: str) -> Attached:
-        """Attach again what was tracked when the data path ended; the generation goes on if its map is known to be whole.
-
-        Raises as ``attach``. The mark of the unclean end stays, so that an older saved map never comes back.
-        """
-        place = await asyncio.to_thread(self.place, device)
-        with contextlib.closing(place):
-            claimed, reason = _remaining(ended, place.origin, last_reset)
-            try:
-                maps, reason = await self._add(device, place, block_size, claimed, reason)
-            except BaseException as error:
-                if isinstance(error, asyncio.CancelledError | errors.TimedOut):
-                    await self._withdraw(device)
-                raise
-            finally:
-                if claimed is not None:
-                    claimed.data.close()
-        if claimed is None or maps.reading.generation != claimed.header.generation:
-            reason = f"the data path ended unexpectedly: {reason}"
-        return self._attached(maps, place.identity, reason)
-
     def _attached(self, maps: OriginMaps, identity: Identity, reason: str) -> Attached:
-        with maps:
-            tracker = DatapathTracker(lambda: self._datapath.client, maps.reading, identity)
-            tracker.hold(maps)
-        return Attached(tracker, reason)
+        maps.close()
+        return Attached(DatapathTracker(lambda: self._datapath.client, maps.reading, identity), reason)
 
     async def _withdraw(self, device: Device) -> None:
         """Undo a request nobody waits for any more: it may have been carried out."""
@@ -260,18 +240,6 @@ class DatapathBackend(ABC):
 
 _IN_USE = Fingerprint("in use", 0, "")
 """Of no origin any map was saved for."""
-
-
-def _remaining(ended: Tracker, origin: Origin | None, last_reset: str) -> tuple[ClaimedMap | None, str]:
-    """Return the map a new tracker goes on from, or None and why there is none."""
-    if ended.last.state == "broken":
-        return None, ended.last.reason
-    if not isinstance(ended, DatapathTracker) or ended.remains is None or origin is None:
-        return None, "its last map was not in reach of the service"
-    try:
-        return ended.remains.claim(origin, last_reset), last_reset
-    except UnusableMap as error:
-        return None, str(error)
 
 
 def _identity(path: str) -> Identity:

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from urllib.parse import quote
 
 from blksnap_service import sysblock
-from blksnap_service.backends.datapath.remains import Remains
 from blksnap_service.cbt import View
-from blksnap_service.datapath.client import DatapathClient, OriginMaps
+from blksnap_service.datapath.client import DatapathClient
 from blksnap_service.datapath.model import OriginReading
 from blksnap_service.fds import OwnedFd
 from blksnap_service.storage import Identity
@@ -48,7 +46,7 @@ def tracker_reading(reading: OriginReading) -> TrackerReading:
 
 
 class DatapathTracker:
-    """Asks the data path every time; keeps the last reading, for properties, and what a killed data path leaves behind."""
+    """Asks the data path every time; keeps the last reading, for properties."""
 
     map_is_live = True
 
@@ -62,8 +60,6 @@ class DatapathTracker:
         self.identity = identity
         self.placement = Placement()
         self.devices = frozenset({identity})
-        self.remains: Remains | None = None
-        self._closed = False
         self._note(reading)
 
     def _note(self, reading: OriginReading) -> TrackerReading:
@@ -74,37 +70,13 @@ class DatapathTracker:
             self.placement, self.devices = placement, _devices(self.identity, placement)
         return self.last
 
-    def close(self) -> None:
-        """Close what is held for the case that the data path ends."""
-        self._closed = True
-        if self.remains is not None:
-            self.remains.close()
-            self.remains = None
-
-    def hold(self, maps: OriginMaps) -> None:
-        """Hold the live map and the state page, unless they are held already; ``maps`` stays the caller's."""
-        held = self.remains
-        if self._closed or maps.page is None:
-            return
-        # Sequences only rise while a data path lives; replies to two requests may be looked at in any order.
-        if held is None or held.reading.live_sequence < maps.reading.live_sequence:
-            self.remains = Remains(maps, self.identity, maps.page)
-            if held is not None:
-                held.close()
-
-    async def note_end(self) -> None:
-        """Note how the origin is, now that the data path has ended."""
-        if self.remains is not None:
-            await asyncio.to_thread(self.remains.note_end)
+    def note_away(self, reason: str) -> None:
+        """Note in the last reading that the data path cannot be asked."""
+        self.last = replace(self.last, state="recovering", reason=reason)
 
     async def read(self) -> TrackerReading:
         """Make a reading. Raises ``errors.NotFound`` when the data path does not have the origin (any more)."""
-        reading = await self._client().origin_info(self.origin)
-        if self.remains is None or self.remains.reading.live_sequence < reading.live_sequence:
-            with await self._client().origin_maps(self.origin) as maps:
-                self.hold(maps)
-                reading = maps.reading
-        return self._note(reading)
+        return self._note(await self._client().origin_info(self.origin))
 
     async def open_map(self, view: View) -> OpenMap:
         """Open a map: the memory file itself, read-only and sealed, with the reading from the same reply.
@@ -114,7 +86,6 @@ class DatapathTracker:
         """
         maps = await self._client().origin_maps(self.origin)
         with maps:
-            self.hold(maps)
             reading = tracker_reading(maps.reading)
             # Not those of `maps`, which are closed here.
             if view is View.LIVE:
@@ -132,10 +103,8 @@ class DatapathTracker:
         await self._client().origin_mark_all(self.origin)
 
     async def resize(self) -> None:
-        """Begin a new generation that counts by the present size. Raises ``errors.Busy`` while a snapshot is held."""
-        reason = "the size of the device changed"
-        with await self._client().origin_reset(self.origin, str(uuid.uuid4()), reason) as maps:
-            self.hold(maps)
+        """Go by the present size of the origin, which has grown: the generation goes on, and what is new is marked."""
+        (await self._client().origin_resize(self.origin)).close()
 
 
 def _devices(identity: Identity, placement: Placement) -> frozenset[Identity]:

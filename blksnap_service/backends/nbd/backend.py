@@ -38,8 +38,9 @@ class NbdBackend(DatapathBackend):
             return errors.NotAvailable(f"the service may not read and write {device.path}")
         return None
 
-    def place(self, device: Device) -> Place:
+    def place(self, device: Device, before: Placement) -> Place:
         """Open it for exclusive use. Blocks. Raises as ``open_origin``."""
+        del before
         try:
             origin = open_origin(device)
         except errors.Busy as error:

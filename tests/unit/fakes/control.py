@@ -34,6 +34,10 @@ class ControlServer:
         """What to answer to an operation, until it is taken out."""
         self.hold: dict[str, threading.Event] = {}
         """Operations that are answered only when the event is set."""
+        self.accepting = threading.Event()
+        """Cleared: who connects is thrown out at once, as by a data path that is starting."""
+        self.accepting.set()
+        self._losing: set[str] = set()
         self._lock = threading.Lock()
         self._connections: list[socket.socket] = []
         self._subscribed: list[socket.socket] = []
@@ -57,6 +61,10 @@ class ControlServer:
         for thread in self._threads:
             thread.join()
 
+    def die_after(self, op: str) -> None:
+        """End all connections in place of the next answer to an operation, which is carried out."""
+        self._losing.add(op)
+
     def drop_connections(self) -> None:
         """End all connections; new ones are accepted."""
         with self._lock:
@@ -78,6 +86,9 @@ class ControlServer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
+            if not self.accepting.is_set():
+                connection.close()
+                continue
             with self._lock:
                 self._connections.append(connection)
             thread = threading.Thread(target=self._serve, args=(connection,))
@@ -121,6 +132,12 @@ class ControlServer:
         finally:
             for fd in mine:
                 os.close(fd)
+        if op in self._losing:
+            self._losing.discard(op)
+            for fd in out:
+                os.close(fd)
+            self.drop_connections()
+            return
         if out:
             answer["fds"] = len(out)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", out))] if out else []

@@ -111,12 +111,12 @@ class Blocks(BlockDevices):
 class Running:
     """A started service with everything around it that a test may want to touch."""
 
-    def __init__(self, directory: Path, fake: FakeDatapath, catalogue: Catalogue) -> None:
+    def __init__(self, directory: Path, fake: FakeDatapath, catalogue: Catalogue, blocks: Blocks) -> None:
         self.directory = directory
         self.fake = fake
         self.catalogue = catalogue
         self.watcher = Recorder()
-        self.blocks = Blocks()
+        self.blocks = blocks
         self.storage = directory / "state" / "storage"
         self.storage.mkdir(exist_ok=True)
         self.service = Service(
@@ -169,11 +169,11 @@ def nothing_left(rig: Running) -> bool:
 
 @contextlib.asynccontextmanager
 async def running_service(
-    directory: Path, fake: FakeDatapath, bus_id: str = BUS_ID
+    directory: Path, fake: FakeDatapath, bus_id: str = BUS_ID, blocks: Blocks | None = None
 ) -> AsyncIterator[Running]:
     """Keep a service for as long as the block lasts; a second one in the same directory is a restart."""
     with Catalogue(directory / "state") as catalogue:
-        running = Running(directory, fake, catalogue)
+        running = Running(directory, fake, catalogue, blocks or Blocks())
         try:
             await running.service.start(bus_id)
             follower = asyncio.create_task(running.service.run())
