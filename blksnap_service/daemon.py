@@ -54,7 +54,7 @@ async def _run(options: argparse.Namespace) -> None:
     runtime_dir = _absolute(options.runtime_dir)
     state_dir = _absolute(options.state_dir)
     check_socket_paths(runtime_dir)
-    binary = None if options.connect_only else find_binary(options.datapath and _absolute(options.datapath))
+    datapath = _datapath(options, runtime_dir)
     # The data path inherits it and outlives this process: no file system is to be kept from being unmounted.
     os.chdir("/")
     _make_private(runtime_dir, "runtime")
@@ -68,7 +68,6 @@ async def _run(options: argparse.Namespace) -> None:
         try:
             publisher = wire.Publisher(connection, paths.ROOT, wire.load_interfaces())
             tree = Tree(publisher, connection)
-            datapath = Datapath(runtime_dir, binary, connect_only=options.connect_only)
             records = Records(_absolute(options.persistent_dir))
             blocks = BlockDevices(runtime_dir / udevfiles.DIRECTORY, records)
             service = Service(catalogue, datapath, blocks, storage_directory, tree, records)
@@ -91,6 +90,13 @@ async def _run(options: argparse.Namespace) -> None:
             connection.close()
 
 
+def _datapath(options: argparse.Namespace, runtime_dir: Path) -> Datapath:
+    """Return the data path that was asked for. Raises ``errors.NotAvailable`` when it is to be started and is not there."""
+    if options.connect_only:
+        return Datapath(runtime_dir, connect_only=True)
+    return Datapath(runtime_dir, find_binary(options.datapath and _absolute(options.datapath)))
+
+
 async def _attach_at_boot(options: argparse.Namespace) -> None:
     """Track one device without a bus. Raises ``errors.BlksnapError``."""
     os.umask(0o077)
@@ -99,11 +105,11 @@ async def _attach_at_boot(options: argparse.Namespace) -> None:
     ours = runtime_dir / udevfiles.DIRECTORY
 
     async def track(catalogue: Catalogue, record: Record) -> None:
-        binary = find_binary(options.datapath and _absolute(options.datapath))
+        datapath = _datapath(options, runtime_dir)
         _make_private(runtime_dir, "runtime")
         service = Service(
             catalogue,
-            Datapath(runtime_dir, binary),
+            datapath,
             BlockDevices(ours, records),
             state_dir / "storage",
             boot.Silence(),

@@ -276,8 +276,8 @@ class Service:
             if self._datapath.trouble:
                 raise errors.NotAvailable(self._datapath.trouble) from error
             self.registry.forget(entry.key)
-            if entry.persistent:
-                _log.error("%s is to be tracked always, but cannot be now: %s", entry.path, error)
+            if entry.persistent or self._is_waited_for(entry):
+                _log.error("%s is to be tracked on, but cannot be now: %s", entry.path, error)
                 return
             _log.error("%s is not tracked any more: %s", entry.path, error)
             await self._catalogue.trackers.drop(entry.key)

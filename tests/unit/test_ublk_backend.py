@@ -90,6 +90,19 @@ async def test_a_history_never_goes_on_under_a_device_in_use(
     assert again.entry.last_reset == "it was in use before it was tracked"
 
 
+async def test_a_node_that_was_left_is_got_under_again(
+    rig: Running, fake: FakeDatapath, machine: Machine
+) -> None:
+    """After a forced detach, or a boot without a tracker: who uses it goes on."""
+    disk = machine.disk("sdb")
+    machine.mount(machine.dm("blksnap-sdb", disk), "/srv")
+    fake.live["blksnap-sdb"] = MIB
+    tracked = await attached(rig, disk)
+    assert (tracked.tracker.node, tracked.tracker.placement.insert) == (
+        "/dev/mapper/blksnap-sdb", "blksnap-sdb",
+    )  # fmt: skip
+
+
 async def test_a_free_logical_volume_gets_one_on_top(rig: Running, machine: Machine) -> None:
     """Named as it is, not as its number."""
     tracked = await attached(rig, machine.dm("vg-data one"))

@@ -115,5 +115,6 @@ def _devices(identity: Identity, placement: Placement) -> frozenset[Identity]:
     if placement.top:
         numbers.add(sysblock.dm_number(placement.top))
     if placement.insert:
+        numbers.add(sysblock.dm_number(placement.insert))
         numbers.add(sysblock.dm_number(below_name(placement.insert)))
     return frozenset({identity, *(Identity(number, 0) for number in numbers if number)})

@@ -18,6 +18,7 @@ from blksnap_service.datapath.model import Front
 from blksnap_service.devices import Device
 from blksnap_service.tracker import BackendInfo, Placement, Tracker
 
+_PREFIX = "blksnap-"
 _NAME_MAX = 100
 """Less than DM_NAME_LEN (linux/dm-ioctl.h, 128), so that what is added to a name fits."""
 
@@ -69,7 +70,7 @@ class UblkBackend(DatapathBackend):
         except errors.Busy as error:
             if not self._can_insert(device):
                 raise _busy(device) from error
-            return Place(device.identity, None, Placement("", sysblock.dm_name(device.number), left))
+            return Place(device.identity, None, Placement("", _live_name(device), left))
         top = (before.top or top_name(device)) if self._datapath.hello.dm.available else ""
         return Place(origin.identity, origin, Placement(top, "", left))
 
@@ -86,7 +87,18 @@ class UblkBackend(DatapathBackend):
         )
 
     def _can_insert(self, device: Device) -> bool:
-        return self._datapath.hello.dm.available and bool(sysblock.dm_name(device.number))
+        return self._datapath.hello.dm.available and bool(_live_name(device))
+
+
+def _live_name(device: Device) -> str:
+    """Return the device-mapper device the tracker of a device in use can get under; empty if there is none.
+
+    That is the device itself, or a node of ours that was left straight over it: by a detach that was forced, or at boot.
+    """
+    if name := sysblock.dm_name(device.number):
+        return name
+    holders = [sysblock.dm_name(holder) for holder in sysblock.holders(device.number)]
+    return holders[0] if len(holders) == 1 and holders[0].startswith(_PREFIX) else ""
 
 
 def top_name(device: Device) -> str:
@@ -95,7 +107,7 @@ def top_name(device: Device) -> str:
     Only with characters udev leaves as they are in ``/dev/mapper`` (libdevmapper, DM_STRING_MANGLING_AUTO).
     """
     name = device.node_name or sysblock.dm_name(device.number) or sysblock.kernel_name(device.number)
-    return "blksnap-" + re.sub(r"[^A-Za-z0-9#+.:=@_-]", "_", name)[:_NAME_MAX]
+    return _PREFIX + re.sub(r"[^A-Za-z0-9#+.:=@_-]", "_", name)[:_NAME_MAX]
 
 
 def _busy(device: Device) -> errors.Busy:
