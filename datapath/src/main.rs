@@ -5,7 +5,7 @@
 use blksnap_datapath::control::server::Server;
 use blksnap_datapath::snapshot::Bell;
 use blksnap_datapath::store::{Inherited, Name};
-use blksnap_datapath::{hold, lock, recover, sys};
+use blksnap_datapath::{hold, lock, recover, sys, udev};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -74,11 +74,8 @@ fn run(directory: &Path) -> Result<(), Failure> {
     }
     let bell = Bell::new().map_err(|error| (1, format!("no event descriptor: {error}")))?;
     let life = recover::life_after(fds.keys());
+    udev::begin(directory, life == 1);
     let server = Arc::new(Server::new(directory.to_owned(), bell, Arc::new(store), life));
-    if life == 1 {
-        // Nothing goes on: what the last one said is not true any more.
-        server.udev.forget_all();
-    }
     let keep = |name, fd| server.keep_one(name, fd).map_err(|error| (1, error.to_string()));
     keep(Name::Lock, (!stored).then_some(lock.as_fd()))?;
     let path = directory.join("datapath.sock");

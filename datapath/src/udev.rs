@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// What a block device is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,21 +56,45 @@ impl Role<'_> {
     }
 }
 
-/// The directory `udev` in the runtime directory.
-#[derive(Clone, Debug)]
-pub struct Files {
+/// The files of this process; who makes devices says so from anywhere. Before [`begin`], nobody is told anything.
+static FILES: OnceLock<Files> = OnceLock::new();
+
+/// Says from now on what devices are for, in the directory `udev` of a runtime directory. `anew`: nothing of what a data
+/// path said before goes on.
+pub fn begin(runtime_directory: &Path, anew: bool) {
+    let files = FILES.get_or_init(|| Files::new(runtime_directory));
+    if anew {
+        files.forget_all();
+    }
+}
+
+/// Says what the device `kernel_name` is for. For a device of ours: before it appears. It may be said again.
+pub fn say(kernel_name: &str, role: Role<'_>) {
+    if let Some(files) = FILES.get() {
+        files.say(kernel_name, role);
+    }
+}
+
+/// The device is nobody's any more.
+pub fn forget(kernel_name: &str) {
+    if let Some(files) = FILES.get() {
+        files.forget(kernel_name);
+    }
+}
+
+#[derive(Debug)]
+struct Files {
     directory: PathBuf,
 }
 
 impl Files {
-    pub fn new(runtime_directory: &Path) -> Self {
+    fn new(runtime_directory: &Path) -> Self {
         Self {
             directory: runtime_directory.join("udev"),
         }
     }
 
-    /// Says what the device `kernel_name` is for. For a device of ours: before it appears. It may be said again.
-    pub fn say(&self, kernel_name: &str, role: Role<'_>) {
+    fn say(&self, kernel_name: &str, role: Role<'_>) {
         if let Err(error) = self.write(kernel_name, role) {
             eprintln!("blksnap-datapath: udev is not told about {kernel_name}: {error}");
         }
@@ -83,14 +108,13 @@ impl Files {
         fs::rename(part, self.directory.join(kernel_name))
     }
 
-    /// The device is nobody's any more.
-    pub fn forget(&self, kernel_name: &str) {
+    fn forget(&self, kernel_name: &str) {
         let _ = fs::remove_file(self.directory.join(kernel_name));
     }
 
     /// Forgets what a data path said that ended without a word and has left nothing to go on with; its origins are looked
     /// at again.
-    pub fn forget_all(&self) {
+    fn forget_all(&self) {
         for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
             let _ = fs::remove_file(entry.path());
             if let Some(name) = entry.file_name().to_str() {
@@ -110,6 +134,20 @@ pub fn look_again(kernel_name: &str) {
 pub fn kernel_name(device: u64) -> Option<String> {
     let target = fs::read_link(crate::sys::sysfs_of(device)).ok()?;
     Some(target.file_name()?.to_str()?.to_owned())
+}
+
+/// The name of a device-mapper device (Documentation/ABI/testing/sysfs-block-dm); None for any other.
+pub fn dm_name(device: u64) -> Option<String> {
+    let name = fs::read_to_string(crate::sys::sysfs_of(device).join("dm/name")).ok()?;
+    Some(name.trim_end().to_owned())
+}
+
+/// What the kernel calls the device-mapper device of that name.
+pub fn kernel_name_of_dm(name: &str) -> Option<String> {
+    let called = |path: &Path| fs::read_to_string(path.join("dm/name")).is_ok_and(|found| found.trim_end() == name);
+    let devices = fs::read_dir("/sys/block").ok()?.flatten().map(|entry| entry.path());
+    let found = devices.into_iter().find(|path| called(path))?;
+    Some(found.file_name()?.to_str()?.to_owned())
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use crate::ublk::control::{open_char, unavailable, Control, NEEDED};
 use crate::ublk::params::{Sysfs, IMAGE_MAX_IO};
 use crate::ublk::queue::{Buffers, Queue, Shows};
 use crate::ublk::uapi::{flag, state, DeviceInfo, Params, BLOCK_PATH};
+use crate::udev::{self, Role};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -125,6 +126,7 @@ fn make(control: &mut Control, origin: &Origin, features: u64, plan: Plan) -> Re
         .add(plan.depth, plan.max_io, plan.flags)
         .map_err(|error| failed("a block device", &error))?;
     let device = info.dev_id;
+    announce(origin, device, &plan.shows);
     let made = make_added(control, origin, device, info.flags, &plan);
     match made {
         Ok(()) => {
@@ -135,10 +137,36 @@ fn make(control: &mut Control, origin: &Origin, features: u64, plan: Plan) -> Re
             // Started or not: stopping ends what was fetched.
             let _ = control.stop(device);
             let _ = origin.ask(|answer| Letter::Unserve(device, answer));
-            let _ = control.delete(device);
+            let _ = delete(control, device);
             Err(failed(what, &error))
         }
     }
+}
+
+/// Tells udev what a device is for, before it appears.
+fn announce(origin: &Origin, device: u32, shows: &Shows) {
+    let attachment = &origin.attachment;
+    let below = udev::kernel_name(origin.identity.0).unwrap_or_default();
+    let name = udev::dm_name(origin.identity.0).unwrap_or_else(|| below.clone());
+    // Under a live device, that one is what users know as the origin.
+    let live = Some(&attachment.insert).filter(|name| !name.is_empty());
+    let origin = live.and_then(|name| udev::kernel_name_of_dm(name)).unwrap_or(below);
+    let role = match shows {
+        Shows::Image(snapshot) => Role::Image {
+            origin: &origin,
+            snapshot,
+            name: live.unwrap_or(&name),
+        },
+        Shows::Origin if attachment.top.is_empty() && live.is_none() => Role::Node { origin: &origin },
+        Shows::Origin => Role::Device { origin: &origin },
+    };
+    udev::say(&format!("ublkb{device}"), role);
+}
+
+fn delete(control: &mut Control, device: u32) -> io::Result<()> {
+    let deleted = control.delete(device);
+    udev::forget(&format!("ublkb{device}"));
+    deleted
 }
 
 type Failure = (&'static str, io::Error);
@@ -194,9 +222,7 @@ pub fn recover_image_device(origin: &Origin, device: u32, id: &str) -> Result<()
 pub fn forget_device(device: u32) -> Result<()> {
     let mut control = open()?;
     let _ = control.stop(device);
-    control
-        .delete(device)
-        .map_err(|error| Refusal::io(&format!("removing {}", node_of(device)), &error))
+    delete(&mut control, device).map_err(|error| Refusal::io(&format!("removing {}", node_of(device)), &error))
 }
 
 /// Forgets a device of which a data path that died has said that it was to go. Not one in service: its number may be
@@ -290,7 +316,7 @@ pub fn end_image_device(origin: &Origin, device: u32) -> Result<()> {
 
 fn end(origin: &Origin, device: u32, claim: Option<File>) -> Result<()> {
     halt(origin, device, claim)?;
-    match open()?.delete(device) {
+    match delete(&mut open()?, device) {
         Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
             Err(Refusal::io(&format!("removing {}", node_of(device)), &error))
         }

@@ -264,7 +264,7 @@ impl Server {
         self.registry().origins.insert(asked.origin.clone(), entry.clone());
         if node.block {
             if let Some(name) = udev::kernel_name(node.identity.0) {
-                self.udev.say(&name, udev::Role::Origin);
+                udev::say(&name, udev::Role::Origin);
                 udev::look_again(&name);
             }
         }
@@ -362,7 +362,7 @@ impl Server {
         self.registry().origins.remove(name);
         let _ = std::fs::remove_file(&origin.socket);
         if let Some(name) = udev::kernel_name(origin.identity.0).filter(|_| origin.identity.1 == 0) {
-            self.udev.forget(&name);
+            udev::forget(&name);
             udev::look_again(&name);
         }
         keeping::forget(&origin.kept);

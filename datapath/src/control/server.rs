@@ -9,7 +9,6 @@ use super::request::{Envelope, Then};
 use crate::snapshot::Bell;
 use crate::store::{Kept, Name, Store};
 use crate::sys;
-use crate::udev;
 use serde_json::{json, Value};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -26,7 +25,6 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct Server {
     directory: PathBuf,
-    pub udev: udev::Files,
     pub bell: Bell,
     registry: Mutex<Registry>,
     structure: Mutex<()>,
@@ -46,7 +44,6 @@ pub struct Server {
 impl Server {
     pub fn new(directory: PathBuf, bell: Bell, store: Arc<Store>, life: u64) -> Self {
         Self {
-            udev: udev::Files::new(&directory),
             directory,
             bell,
             registry: Mutex::default(),

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from blksnap_service.bus.paths import DEVICE, TRACKER, device_path
+from blksnap_service.bus.paths import DEVICE, MANAGER, MANAGER_PATH, TRACKER, device_path
 from tests.bus import daemons
 from tests.bus.daemons import Bus, Client, Daemon, client, program, scratch
 from tests.vm.guest import devices
@@ -560,3 +560,51 @@ class TestAlways:
             record.unlink()
             devices.run("dmsetup", "remove", "blksnap-data")
             poke(disk)
+
+
+@pytest.mark.usefixtures("rules")
+class TestUblk:
+    """The data path's own devices, as they are."""
+
+    async def test_only_the_node_is_a_disk(self) -> None:
+        """The origin, what lies between and the images are hidden; all of it is undone by the detach."""
+        devices.modprobe("ublk_drv")
+        devices.modprobe("dm-mod")
+        disk = Path("/dev/vdb")
+        path = device_path("vdb")
+        make_ext4(disk)
+        poke(disk)
+        by_uuid = Path(f"/dev/disk/by-uuid/{UUID}")
+        with scratch() as directory:
+            rig = await asyncio.to_thread(start, directory)
+            try:
+                async with rig.user() as user:
+                    await user.call(path, DEVICE, "Attach", "", backend=("s", "ublk"))
+                    node = Path(await user.get(path, TRACKER, "Node")).resolve()
+                    found = properties(disk)
+                    assert (found["SYSTEMD_READY"], found["ID_FS_TYPE"]) == ("0", "blksnap_member")
+                    assert by_uuid.resolve() == node
+                    found = properties(node)
+                    assert found["ID_FS_TYPE"] == "ext4"
+                    assert found.get("SYSTEMD_READY", "1") == "1"
+                    if node.name.startswith("dm-"):
+                        (between,) = Path("/sys/class/block", node.name, "slaves").iterdir()
+                        found = properties(f"/dev/{between.name}")
+                        assert (found["BLKSNAP_ROLE"], found["SYSTEMD_READY"]) == ("device", "0")
+                        assert "ID_FS_TYPE" not in found
+                    objects = await user.objects()
+                    assert not [name for name in objects if re.search(r"/devices/(ublkb|dm_2d)", name)]
+                    assert await user.call(MANAGER_PATH, MANAGER, "ResolveDevice", "s", str(node)) == path
+                    await user.snapshot(path, limit=("t", 64 * MIB))
+                    devices.run("udevadm", "settle")
+                    (image,) = Path("/dev/blksnap").glob("*/vdb")
+                    found = properties(image.resolve())
+                    assert (found["BLKSNAP_ROLE"], found["SYSTEMD_READY"]) == ("image", "0")
+                    assert "ID_FS_TYPE" not in found
+                    assert by_uuid.resolve() == node
+                    await user.call(path, DEVICE, "Detach", "", force=("b", True))
+                    devices.run("udevadm", "settle")
+                    assert by_uuid.resolve() == disk
+                    assert list((RUNTIME / "udev").iterdir()) == []
+            finally:
+                rig.end()
