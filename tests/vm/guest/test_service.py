@@ -262,6 +262,81 @@ async def test_killing_the_service_stops_no_io(tracked: TrackedDevice, rig: tupl
         await again.detach()
 
 
+async def test_killing_the_data_path_fails_no_io(tracked: TrackedDevice, rig: tuple[Bus, Daemon]) -> None:
+    """Under verified writes, with a held snapshot: no error, no new generation, no change missed, the image as it was."""
+    _, daemon = rig
+    first = await tracked.snapshot()
+    before = await asyncio.to_thread(read, first.node)
+    generation = await tracked.get("GenerationId")
+    load = fio(tracked.node)
+    for _ in range(3):
+        await asyncio.sleep(2)
+        daemon.kill_datapath()
+        async with asyncio.timeout(60):
+            while await tracked.get("State") != "recovering":  # noqa: ASYNC110 - this is what a client may do
+                await asyncio.sleep(0.02)
+            while await tracked.get("State") != "tracking":  # noqa: ASYNC110 - the same
+                await asyncio.sleep(0.1)
+    await succeeds(load)
+    assert await tracked.get("GenerationId") == generation
+    assert await tracked.user.get(first.path, SNAPSHOT, "State") == "taken"
+    assert await asyncio.to_thread(read, first.node) == before
+    second = await tracked.snapshot()
+    after = await asyncio.to_thread(read, second.node)
+    assert differing(before, after, await tracked.get("BlockSize")) <= await tracked.changed_since(
+        first.number
+    )
+
+
+async def test_a_mounted_logical_volume_is_tracked_where_it_is(
+    disk: Path, user: Client, directory: Path
+) -> None:
+    """The tracker comes and goes under a file system that is being written."""
+    await listed(user, disk)
+    with devices.lvm_lv(disk, 64 * MIB) as volume:
+        devices.run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(volume))
+        node = Path(f"/dev/dm-{os.minor(volume.stat().st_rdev)}")
+        with mounted(volume, directory / "mnt") as target:
+            await listed(user, node)
+            load = asyncio.create_task(asyncio.to_thread(scatter, target, 150, 5))
+            tracked = await attach(user, node)
+            assert tracked.node.stat().st_rdev == node.stat().st_rdev
+            first = await tracked.snapshot()
+            before = await asyncio.to_thread(read, first.node)
+            await load
+            scatter(target, 30, seed=6)
+            second = await tracked.snapshot()
+            after = await asyncio.to_thread(read, second.node)
+            size = await tracked.get("BlockSize")
+            assert differing(before, after, size) <= await tracked.changed_since(first.number)
+            devices.run("fsck.ext4", "-n", "-f", str(second.node))
+            await first.destroy()
+            await second.destroy()
+            load = asyncio.create_task(asyncio.to_thread(scatter, target, 50, 7))
+            await tracked.detach()
+            await load
+        devices.run("fsck.ext4", "-n", "-f", str(volume))
+
+
+async def test_a_forced_detach_leaves_the_file_system_alone(tracked: TrackedDevice, directory: Path) -> None:
+    """It goes on untracked, and the next tracker gets under the node that was left: as a new generation."""
+    devices.run("mkfs.ext4", "-q", str(tracked.node))
+    generation, disk = await tracked.get("GenerationId"), await disk_of(tracked)
+    with mounted(tracked.node, directory / "mnt") as target:
+        await tracked.detach(force=("b", True))
+        (target / "untracked").write_bytes(b"written")
+        os.sync()
+        again = await attach(tracked.user, disk)
+        assert again.node == tracked.node
+        assert await again.get("GenerationId") != generation
+        (target / "tracked").write_bytes(b"written")
+        os.sync()
+        assert await again.info()
+        await again.detach()
+    devices.run("fsck.ext4", "-n", "-f", str(tracked.node))
+    devices.run("dmsetup", "remove", "--retry", tracked.node.name)
+
+
 def fio(node: Path) -> subprocess.Popen[bytes]:
     """Write and verify the whole node at random; ends by itself."""
     words = ("fio", "--name=load", "--ioengine=io_uring", "--direct=1", *verified_writes(node, SIZE))
