@@ -3,7 +3,7 @@
 //! No policy (`control::freeze`).
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Once;
 
 // linux/fs.h: _IOWR('X', 119, int), _IOWR('X', 120, int).
@@ -48,6 +48,21 @@ pub fn btrfs_id(fd: BorrowedFd<'_>) -> Option<String> {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let parts = [&id[..4], &id[4..6], &id[6..8], &id[8..10], &id[10..]];
     Some(parts.map(hex).join("-"))
+}
+
+/// Closes all descriptors but the standard ones and `kept`, which comes back under another number.
+pub fn close_others<T: From<OwnedFd> + Into<OwnedFd>>(kept: T) -> io::Result<T> {
+    let kept: OwnedFd = kept.into();
+    // SAFETY: the first free number from 3 on becomes `kept`'s; all above it are closed, whose owners this process, at its
+    // beginning, does not have.
+    unsafe {
+        check(libc::dup2(kept.as_raw_fd(), libc::STDIN_FILENO))?;
+        drop(kept);
+        check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) as libc::c_int)?;
+        let copy = libc::fcntl(libc::STDIN_FILENO, libc::F_DUPFD_CLOEXEC, 3);
+        check(copy)?;
+        Ok(T::from(OwnedFd::from_raw_fd(copy)))
+    }
 }
 
 /// Keeps the program and its libraries in memory, once for all: who has stopped the device they lie on must be able to

@@ -2,6 +2,7 @@
 //! `blksnap-datapath --runtime-dir DIR`: the process that serves I/O (docs/datapath-protocol.md); with `--hold` the one
 //! that starts it again when it dies.
 
+use blksnap_datapath::control::freezer;
 use blksnap_datapath::control::server::Server;
 use blksnap_datapath::snapshot::Bell;
 use blksnap_datapath::store::{Inherited, Name};
@@ -29,6 +30,12 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         [Some("--runtime-dir"), _] => run(&PathBuf::from(&arguments[1])).map(|()| 0),
+        [Some("--freezer")] => freezer::run()
+            .map(|()| 0)
+            .map_err(|error| (1, format!("freezing: {error}"))),
+        [Some("--resume")] => freezer::run_resume()
+            .map(|()| 0)
+            .map_err(|error| (1, format!("resuming: {error}"))),
         [Some("--hold"), Some("--runtime-dir"), _] => hold::run(&PathBuf::from(&arguments[2])),
         _ => {
             eprintln!("{USAGE}");

@@ -3,7 +3,7 @@
 //!
 //! From the first file system frozen until the last is thawed, nothing here may need one of them: no file is opened, no
 //! memory is waited for, and a watchdog thaws when the take does not come to its end. What is to be taken is not known
-//! here.
+//! here. All of it that may wait for a disk runs in a process of its own (`freezer`).
 
 use super::error::{words, Refusal, Result};
 use super::node::Node;
@@ -15,7 +15,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,23 +22,20 @@ use std::time::{Duration, Instant};
 /// The longest that anything stands still.
 pub const LONGEST: Duration = Duration::from_secs(10);
 
-/// How long writing out may take before that, with everything still going on.
-const WRITING_OUT: Duration = Duration::from_secs(20);
-
 /// One thing to be frozen.
 #[derive(Debug)]
-struct Item {
-    what: What,
+pub(super) struct Item {
+    pub what: What,
     /// As told in errors.
-    label: String,
+    pub label: String,
     /// What is written to while it is being frozen, and stands still then.
-    devices: Vec<u64>,
+    pub devices: Vec<u64>,
     /// These, and all they lie on.
-    below: Devices,
+    pub below: Devices,
 }
 
 #[derive(Debug)]
-enum What {
+pub(super) enum What {
     /// A device-mapper device: the file system on it is frozen wherever it is mounted, and all its I/O waits.
     Device(Arc<Dm>, String),
     /// The file system that this is on.
@@ -60,7 +56,7 @@ impl Item {
         }
     }
 
-    fn thaw(&self) {
+    pub fn thaw(&self) {
         // EINVAL, ENXIO: somebody was faster, or it is gone. There is nothing else to be done about any error here.
         match &self.what {
             What::Device(dm, name) => drop(dm.resume(name, Udev::Keep)),
@@ -69,7 +65,7 @@ impl Item {
     }
 
     /// Writes out what the freeze would have to, while nobody has to wait for it yet.
-    fn sync(&self) {
+    pub fn sync(&self) {
         let sync = |file: &File| drop(fsfreeze::sync(file.as_fd()));
         match &self.what {
             What::Mount(mount) => sync(mount),
@@ -87,7 +83,7 @@ impl Item {
 
 /// What to freeze, in an order that works: what lies on something else comes first.
 #[derive(Debug, Default)]
-pub struct Plan(Vec<Item>);
+pub struct Plan(pub(super) Vec<Item>);
 
 impl Plan {
     /// `nodes` are the device-mapper devices of the set, `mounts` descriptors on further file systems, `needs` what must go
@@ -140,12 +136,11 @@ impl Plan {
         Ok(Self(items))
     }
 
-    /// Freezes all, or nothing. Raised (timed-out) when it takes longer than `limit`.
-    pub fn freeze(self, limit: Duration) -> Result<Frozen> {
-        let items = written_out(self.0)?;
+    /// Freezes all, or nothing; all of it is written out. Raised (timed-out) when it takes longer than `limit`.
+    pub(super) fn freeze_here(self, limit: Duration) -> Result<Standing> {
         keep_code();
-        let mut frozen = Frozen::begin(items.len(), limit)?;
-        for item in items {
+        let mut frozen = Standing::begin(self.0.len(), limit)?;
+        for item in self.0 {
             // Nothing is allocated from here on, but for the words of an error.
             if let Err(error) = item.freeze() {
                 frozen.thaw();
@@ -176,29 +171,7 @@ impl Item {
     }
 }
 
-/// The items, when all is written out. It may be much, and a disk may hang: that is waited for on another thread.
-fn written_out(items: Vec<Item>) -> Result<Vec<Item>> {
-    if items.is_empty() {
-        return Ok(items);
-    }
-    let (answer, answered) = sync_channel(1);
-    let write_out = move || {
-        items.iter().for_each(Item::sync);
-        let _ = answer.send(items);
-    };
-    std::thread::Builder::new()
-        .name("sync".into())
-        .stack_size(128 << 10)
-        .spawn(write_out)
-        .map_err(|error| Refusal::io("a thread to write out file systems", &error))?;
-    answered.recv_timeout(WRITING_OUT).map_err(|_| {
-        Refusal::timed_out(
-            "writing out the file systems takes too long (there is much to write, or a disk hangs); nothing was taken",
-        )
-    })
-}
-
-fn too_late() -> Refusal {
+pub(super) fn too_late() -> Refusal {
     Refusal::timed_out("file systems stood still for too long and go on now; nothing was taken")
 }
 
@@ -270,14 +243,13 @@ impl Shared {
 
 /// File systems that stand still; they go on when this is dropped, or when their time is over.
 #[derive(Debug)]
-pub struct Frozen {
+pub(super) struct Standing {
     shared: Arc<Shared>,
-    end: Instant,
     watchdog: Option<JoinHandle<()>>,
     _quiet: NoReclaimIo,
 }
 
-impl Frozen {
+impl Standing {
     fn begin(count: usize, limit: Duration) -> Result<Self> {
         let shared = Arc::new(Shared {
             expired: AtomicBool::new(false),
@@ -300,27 +272,9 @@ impl Frozen {
             .map_err(|error| Refusal::io("a thread to watch over the freeze", &error))?;
         Ok(Self {
             shared,
-            end,
             watchdog,
             _quiet: NoReclaimIo::begin(),
         })
-    }
-
-    /// How long closing the gates may take, of the `timeout` asked for.
-    pub fn patience(&self, timeout: Duration) -> Duration {
-        if self.watchdog.is_none() {
-            return timeout;
-        }
-        timeout.min(self.end.saturating_duration_since(Instant::now()))
-    }
-
-    /// Whether all stood still until now: to be asked when the gates are closed. Whatever is thawed after that waits at
-    /// the gates. Raised (timed-out).
-    pub fn check(&self) -> Result<()> {
-        if self.shared.expired.load(Ordering::SeqCst) {
-            return Err(too_late());
-        }
-        Ok(())
     }
 
     fn thaw(&mut self) {
@@ -337,7 +291,7 @@ impl Frozen {
     }
 }
 
-impl Drop for Frozen {
+impl Drop for Standing {
     fn drop(&mut self) {
         self.thaw();
     }
@@ -348,13 +302,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_to_freeze_leaves_all_the_time_to_the_gates() {
-        let frozen = Plan::default().freeze(Duration::ZERO).expect("nothing can fail");
-        assert_eq!(frozen.patience(Duration::from_secs(7)), Duration::from_secs(7));
-        frozen.check().expect("never expires");
-    }
-
-    #[test]
     fn the_watchdog_ends_what_the_take_does_not() {
         let item = Item {
             what: What::Mount(File::open("/proc/self").expect("proc")),
@@ -362,20 +309,18 @@ mod tests {
             devices: vec![],
             below: Devices::new(),
         };
-        let frozen = Frozen::begin(1, Duration::from_millis(50)).expect("thread");
+        let frozen = Standing::begin(1, Duration::from_millis(50)).expect("thread");
         assert!(!frozen.shared.keep(item));
-        frozen.check().expect("in time");
-        assert!(frozen.patience(Duration::from_secs(7)) <= Duration::from_millis(50));
         std::thread::sleep(Duration::from_millis(300));
         assert!(frozen.shared.state().items.is_empty());
-        assert_eq!(frozen.check().expect_err("too late").code, "timed-out");
+        assert!(frozen.shared.expired.load(Ordering::SeqCst));
     }
 
     #[test]
     fn a_file_system_that_cannot_be_frozen_fails_in_words() {
         let mounts = vec![File::open("/proc/self").expect("proc")];
         let plan = Plan::new(&[], mounts, &[], &Fronts::new()).expect("plan");
-        let refusal = plan.freeze(LONGEST).expect_err("proc cannot be frozen");
+        let refusal = plan.freeze_here(LONGEST).expect_err("proc cannot be frozen");
         assert!(refusal.message.ends_with("nothing was taken"), "{}", refusal.message);
     }
 

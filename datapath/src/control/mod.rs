@@ -9,6 +9,7 @@ pub mod devices;
 pub mod error;
 pub mod framing;
 pub mod freeze;
+pub mod freezer;
 pub mod insertion;
 pub mod keeping;
 pub mod leftovers;

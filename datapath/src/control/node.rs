@@ -219,6 +219,15 @@ impl Node {
         Ok(())
     }
 
+    /// Follows a front device that has grown to `size` bytes.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let front = *self.front();
+        match front {
+            Some(front) if front.size != size => self.swap_to(Device { size, ..front }),
+            _ => Ok(()),
+        }
+    }
+
     /// Gives a live device its own table back. One whose table another program has changed is left alone.
     ///
     /// The device underneath stays until [`Self::remove`]: the queue thread still has it open.

@@ -9,7 +9,6 @@ use super::error::{Refusal, Result};
 use super::freeze::Plan;
 use super::insertion::Insertion;
 use super::keeping::{self, OriginConf};
-use super::leftovers;
 use super::node::{Device, Node};
 use super::origins::{Add, WithMaps};
 use super::registry::{Origin, SnapshotEntry};
@@ -229,19 +228,6 @@ pub fn adopt(entry: &mut Origin, conf: &OriginConf, size: u64) -> Result<()> {
     entry.attachment.node = node.path().display().to_string();
     entry.attachment.over = Some(Arc::new(node));
     Ok(())
-}
-
-/// Lets all go on that a killed data path may have stopped. Not before the queue threads run: a file system that is thawed
-/// is written.
-pub fn go_on() {
-    if let Ok(dm) = Dm::open() {
-        match leftovers::resume_all_ours(&dm) {
-            Ok(names) => names
-                .iter()
-                .for_each(|name| eprintln!("blksnap-datapath: {name} was suspended and goes on")),
-            Err(error) => eprintln!("blksnap-datapath: suspended devices cannot be looked for: {error}"),
-        }
-    }
 }
 
 fn front_of(path: &str, size: u64) -> Result<Device> {

@@ -45,6 +45,9 @@ impl Server {
         if let Some(device) = origin.attachment.ublk_id {
             // Also when the map was long enough: it may be the second try.
             devices::grow(device, size)?;
+            if let Some(node) = &origin.attachment.over {
+                node.grow(size)?;
+            }
         }
         self.maps_of(&origin)
     }

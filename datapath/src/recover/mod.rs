@@ -16,6 +16,7 @@ mod memory;
 mod origins;
 mod snapshots;
 
+use crate::control::freezer;
 use crate::control::server::Server;
 use crate::store::Name;
 pub use left::life_after;
@@ -80,7 +81,9 @@ pub fn run(server: &Server, found: BTreeMap<Name, OwnedFd>, strangers: &[String]
         let event = json!({"event": "origin.recovered", "origin": name, "life": server.life});
         server.untold.lock().expect("a panic aborts the process").push(event);
     }
-    crate::control::nodes::go_on();
+    if left.life > 0 {
+        freezer::go_on();
+    }
     Ok(())
 }
 

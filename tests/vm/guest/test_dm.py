@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.nbd.control import Refused
+from tests.nbd.control import Control, Refused
 from tests.nbd.datapath import Datapath, new_id
+from tests.nbd.survival import Held
 from tests.vm.guest import devices, nodes, ublk
-from tests.vm.guest.ublk import MIB
+from tests.vm.guest.ublk import MIB, Tracked
 
 SIZE = 64 * MIB
 
@@ -260,6 +261,54 @@ def test_the_end_of_the_data_path_stops_no_file_system(live: Path, tmp_path: Pat
             devices.run("dmsetup", "remove", "--retry", "blksnap-test")
     finally:
         running.kill()
+
+
+def test_deaths_of_the_data_path_stop_no_file_system(live: Path, tmp_path: Path) -> None:
+    """Killed with -9, also while it freezes and takes: it comes back under both, lets all go on, and can be got out."""
+    devices.modprobe("ublk_drv")
+    name = nodes.mapped_name(live)
+    before = nodes.table(name)
+    nodes.make_file_system(live, "ext4")
+    (tmp_path / "run").mkdir()
+
+    def take(control: Control, tracked: list[Tracked]) -> None:
+        nodes.take_all(tracked, control=control)
+
+    held = Held(tmp_path / "run")
+    try:
+        with devices.null_blk(SIZE) as disk:
+            top = nodes.tracked_top(held, disk, "blksnap-test")
+            nodes.make_file_system(top.node, "ext4")
+            with (
+                nodes.mounted(live, tmp_path / "a") as first,
+                nodes.mounted(top.node, tmp_path / "b") as second,
+            ):
+                inserted = nodes.insert(held, name)
+                readings = [one.origin.info() for one in (top, inserted)]
+                with nodes.load(first / "file", 4 * MIB), nodes.load(second / "file", 4 * MIB):
+                    for number in range(6):
+                        with held.connect() as control:
+                            taking = nodes.Attempt(take, control, [top, inserted])
+                            time.sleep(0.1 * number)
+                            held.die()
+                            assert taking.ended(60)
+                        again = [one.origin.info() for one in (top, inserted)]
+                        assert [one.state for one in again] == ["tracking", "tracking"]
+                        assert [one.node for one in again] == [one.node for one in readings]
+                        assert [one.generation for one in again] == [one.generation for one in readings]
+                        for target in (first, second):
+                            (target / f"after-{number}").write_bytes(b"x" * 4096)
+                        for snapshot in held.control.call("list")["snapshots"]:
+                            held.control.call("snapshot.destroy", snapshot=snapshot["snapshot"])
+                    inserted.remove()
+                    assert nodes.table(name) == before
+            top.remove()
+            assert nodes.names() == {name}
+            assert nodes.is_clean(live, "ext4")
+        held.control.call("stop", force=True)
+        assert held.process.wait(30) == 0, held.story()
+    finally:
+        held.kill()
 
 
 def test_a_saved_map_is_not_continued_under_a_device_in_use(
