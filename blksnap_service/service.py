@@ -277,7 +277,7 @@ class Service:
                 raise errors.NotAvailable(self._datapath.trouble) from error
             self.registry.forget(entry.key)
             if entry.persistent or self._is_waited_for(entry):
-                _log.error("%s is to be tracked on, but cannot be now: %s", entry.path, error)
+                _log.error("%s is to be tracked, but cannot be now: %s", entry.path, error)
                 return
             _log.error("%s is not tracked any more: %s", entry.path, error)
             await self._catalogue.trackers.drop(entry.key)

@@ -97,7 +97,7 @@ async def test_a_persistent_tracker_that_cannot_be_attached_can_be_given_up(
             device = second.service.inventory.get("disk_2eimg")
             await second.service.detach(device, force=False)
             assert list(second.catalogue.trackers) == []
-    assert "is to be tracked always, but cannot be now: locked" in caplog.text
+    assert "is to be tracked, but cannot be now: locked" in caplog.text
 
 
 async def test_a_broken_origin_is_told(rig: Running, fake: FakeDatapath) -> None:
