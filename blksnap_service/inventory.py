@@ -8,6 +8,7 @@ comes, goes or changes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import stat
@@ -160,24 +161,35 @@ class Inventory:
 
         Raises ``errors.NotFound``.
         """
+        status = None
         real = path
         if path.startswith("/") and "\0" not in path:
             real = await asyncio.to_thread(os.path.realpath, path)
-            try:
+            with contextlib.suppress(OSError):
                 status = await asyncio.to_thread(os.stat, real)
-            except OSError:
-                status = None
-            for device in self._devices.values():
-                if status is None:
-                    break
-                if device.identity == Identity.of(status) or status.st_rdev in device.nodes:
-                    return device
+        found = self._find(path, real, status)
+        if found is None and status is not None and stat.S_ISBLK(status.st_mode):
+            # It may be younger than the last look: a node is used as soon as it is there.
+            await self._refresh_blocks()
+            found = self._find(path, real, status)
+        if found is None:
+            raise errors.NotFound(
+                f"{path} is no block device this service can use and no added image file; an image file has to be"
+                " added first"
+            )
+        return found
+
+    def _find(self, path: str, real: str, status: os.stat_result | None) -> Device | None:
+        """Return the device at ``real``, where ``path`` leads to, or the one that is called so."""
+        for device in self._devices.values():
+            if status is not None and (
+                device.identity == Identity.of(status) or status.st_rdev in device.nodes
+            ):
+                return device
         for device in self._devices.values():
             if device.path in {path, real} or path in device.symlinks:
                 return device
-        raise errors.NotFound(
-            f"{path} is no block device this service can use and no added image file; an image file has to be added first"
-        )
+        return None
 
     async def refresh(self) -> None:
         """Look again at block devices and at the image files' sizes; tell what changed."""

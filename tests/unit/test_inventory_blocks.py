@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -144,7 +144,7 @@ async def test_a_device_that_is_to_be_tracked_always_is_told_when_it_comes(rig: 
 
 async def test_the_node_of_a_tracker_is_its_origin(rig: Rig) -> None:
     """Who names what is mounted means what is tracked."""
-    null = os.stat("/dev/null").st_rdev  # noqa: PTH116
+    null = Path("/dev/null").stat().st_rdev
     await rig.see(replace(SDA, nodes=(null,)))
     assert (await rig.inventory.resolve("/dev/null")).name == "sda"
 
@@ -172,3 +172,13 @@ async def test_many_events_are_one_look_at_a_time(rig: Rig) -> None:
     assert looks == 2
     assert rig.watcher.told == ["+device sda"]
     rig.inventory.close()
+
+
+async def test_a_node_that_has_just_appeared_is_looked_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be used before the event of its appearance has come."""
+    await rig.see(SDA)
+    monkeypatch.setattr(stat, "S_ISBLK", stat.S_ISCHR)
+    rig.blocks.devices = {"sda": replace(SDA, nodes=(Path("/dev/null").stat().st_rdev,))}
+    assert (await rig.inventory.resolve("/dev/null")).name == "sda"
+    with pytest.raises(errors.NotFound):
+        await rig.inventory.resolve("/dev/zero")
