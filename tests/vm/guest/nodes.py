@@ -46,9 +46,9 @@ def mapped_name(node: Path) -> str:
     return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/dm/name").read_text().strip()
 
 
-def make_file_system(node: Path, kind: str) -> None:
+def make_file_system(node: Path, kind: str, *options: str) -> None:
     """An empty one."""
-    devices.run(*MKFS[kind], str(node))
+    devices.run(*MKFS[kind], *options, str(node))
 
 
 @contextlib.contextmanager
