@@ -22,6 +22,7 @@ from typing import Any
 from blksnap_service.devices import Device, escape
 from blksnap_service.mounts import MountWatch, mount_points
 from blksnap_service.persistent import Record, Records, stable_key
+from blksnap_service.sizes import SizeWatch
 from blksnap_service.storage import Identity
 from blksnap_service.udevfiles import OurDevice, read_ours
 
@@ -53,7 +54,7 @@ class BlockDevices:
         self._ours = ours
         self._records = records
         self._monitors: list[Any] = []
-        self._mounts: MountWatch | None = None
+        self._others: list[MountWatch | SizeWatch] = []
         self._timer: asyncio.TimerHandle | None = None
         try:
             import pyudev
@@ -115,9 +116,10 @@ class BlockDevices:
             drain(monitor)
             soon(delay_s)
 
-        self._mounts = MountWatch(lambda: soon(_SETTLE_S))
+        self._others.append(MountWatch(lambda: soon(_SETTLE_S)))
         if self._context is None:
             return
+        self._others.append(SizeWatch(lambda: soon(_SETTLE_S)))
         # Both: udevd may be stopped, started or stuck at any time, and in a container its events do not arrive.
         for source in ("kernel", "udev"):
             if (monitor := self._monitor(source)) is not None:
@@ -151,9 +153,9 @@ class BlockDevices:
             if loop is not None:
                 loop.remove_reader(monitor.fileno())
         self._monitors.clear()
-        if self._mounts is not None:
-            self._mounts.close()
-            self._mounts = None
+        for other in self._others:
+            other.close()
+        self._others.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

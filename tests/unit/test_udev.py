@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from blksnap_service.mounts import mount_points
+from blksnap_service.sizes import SizeWatch
 from blksnap_service.udev import drain
 from blksnap_service.udevfiles import OurDevice, read_ours
 
@@ -118,3 +119,23 @@ async def test_mounts_are_noticed_and_the_loop_sleeps_in_between(tmp_path: Path)
     )  # fmt: skip
     output, _ = await process.communicate()
     assert output.decode().splitlines() == ["before 0", "mount once True", "umount once False"]
+
+
+async def test_a_size_that_nobody_announces_is_noticed_once(tmp_path: Path) -> None:
+    """Each change is told, nothing is while all stays as it is, and nothing after the end."""
+    sizes, new = tmp_path / "partitions", tmp_path / "new"
+    sizes.write_text("8 1 1024 sda1\n")
+    told = asyncio.Queue[None]()
+    watch = SizeWatch(lambda: told.put_nowait(None), sizes, 0.001)
+    try:
+        for size in (2048, 1024):
+            new.write_text(f"8 1 {size} sda1\n")
+            new.replace(sizes)
+            async with asyncio.timeout(30):
+                await told.get()
+        sizes.unlink()
+        async with asyncio.timeout(30):
+            await told.get()
+        assert told.empty()
+    finally:
+        watch.close()

@@ -221,6 +221,26 @@ class TestFollowing:
                 await follows(user, "second partition gone", f"{disk.name}2", gone)
             await follows(user, "disk removed", f"{disk.name}1", gone)
 
+    async def test_a_partition_is_given_another_size(self, rig: Rig) -> None:
+        """By BLKPG, as resizepart(8) does it: there is no event. A tracker of it goes on, and has the new part marked."""
+        async with rig.user() as user:
+            with devices.scsi_debug(64 * MIB) as disk:
+                make_partitions(disk, 8)
+                devices.run("blockdev", "--rereadpt", str(disk))
+                name = f"{disk.name}1"
+                await follows(user, "partition", name, has("Size", 8 * MIB))
+                devices.run("resizepart", str(disk), "1", str(16 * MIB // 512))
+                await follows(user, "partition grown", name, has("Size", 16 * MIB))
+                path = device_path(name)
+                await user.call(path, DEVICE, "Attach", "", backend=("s", "nbd"))
+                devices.run("resizepart", str(disk), "1", str(32 * MIB // 512))
+                await follows(user, "tracked partition grown", name, has("Size", 32 * MIB))
+                begin = time.monotonic()
+                while await user.get(path, TRACKER, "Capacity") != 32 * MIB:
+                    assert time.monotonic() < begin + FOLLOW_S
+                    await asyncio.sleep(0.02)
+                await user.call(path, DEVICE, "Detach", "")
+
     async def test_mounts_are_followed(self, rig: Rig, file: Path, tmp_path: Path) -> None:
         """Nobody sends an event for those."""
         make_ext4(file)
