@@ -136,7 +136,7 @@ class Caller:
     def __init__(self, address: str, destination: str, path: str, interface: str) -> None:
         self.destination, self.path, self.interface = destination, path, interface
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(10)
+        self.socket.settimeout(60)
         self.socket.connect(address.removeprefix("unix:path="))
         uid = str(os.getuid()).encode().hex()
         self.socket.sendall(f"\0AUTH EXTERNAL {uid}\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n".encode())
@@ -266,7 +266,7 @@ class Caller:
                     self._buffer += chunk
                     answers += self._answers()
         finally:
-            self.socket.settimeout(10)
+            self.socket.settimeout(60)
         return answers
 
     def _answers(self) -> list[Message]:

@@ -87,10 +87,10 @@ async def test_a_cancelled_snapshot_leaves_nothing_behind(rig: Running, fake: Fa
     device = await rig.tracked()
     fake.hold["snapshot.take"] = threading.Event()
     creating = asyncio.create_task(rig.service.snapshots.create([device], MINE))
-    while not any(one["op"] == "snapshot.take" for one in fake.requests):  # noqa: ASYNC110 - another thread's list
-        await asyncio.sleep(0.01)
+    await fake.asked("snapshot.take")
     creating.cancel()
-    await asyncio.sleep(0.05)
+    # Undoing it is asked for now, and is answered after what is held.
+    await asyncio.sleep(0)
     fake.hold["snapshot.take"].set()
     with pytest.raises(asyncio.CancelledError):
         await creating

@@ -97,9 +97,10 @@ async def test_a_cancelled_attach_is_undone(rig: Running, fake: FakeDatapath) ->
     device = await rig.image()
     fake.hold["origin.add"] = threading.Event()
     attach = asyncio.create_task(rig.service.registry.attach(device, owner_uid=0))
-    await asyncio.sleep(0.1)
+    await fake.asked("origin.add")
     attach.cancel()
-    await asyncio.sleep(0.1)
+    # Undoing it is asked for now, and is answered after what is held.
+    await asyncio.sleep(0)
     fake.hold["origin.add"].set()
     with pytest.raises(asyncio.CancelledError):
         await attach

@@ -100,7 +100,7 @@ async def main():
         told.clear()
         calls = 0
         subprocess.run(command, check=True)
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(30):
             await told.wait()
         await asyncio.sleep(0.2)
         mounted = any(sys.argv[1] in targets for targets in mount_points().values())

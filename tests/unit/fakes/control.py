@@ -7,6 +7,7 @@ What operations do is the business of ``datapath``.
 from __future__ import annotations
 
 import array
+import asyncio
 import contextlib
 import json
 import os
@@ -60,6 +61,12 @@ class ControlServer:
         self.drop_connections()
         for thread in self._threads:
             thread.join()
+
+    async def asked(self, op: str) -> None:
+        """Wait until an operation has been asked for."""
+        async with asyncio.timeout(60):
+            while not any(one["op"] == op for one in list(self.requests)):  # noqa: ASYNC110 - another thread's list
+                await asyncio.sleep(0.01)
 
     def die_after(self, op: str) -> None:
         """End all connections in place of the next answer to an operation, which is carried out."""

@@ -108,6 +108,17 @@ class Blocks(BlockDevices):
         """Do nothing."""
 
 
+class CountingService(Service):
+    """A service that counts how often it was brought in step with the data path."""
+
+    reconciled = 0
+
+    async def reconcile(self) -> None:
+        """Count when that is done."""
+        await super().reconcile()
+        self.reconciled += 1
+
+
 class Running:
     """A started service with everything around it that a test may want to touch."""
 
@@ -119,7 +130,7 @@ class Running:
         self.blocks = blocks
         self.storage = directory / "state" / "storage"
         self.storage.mkdir(exist_ok=True)
-        self.service = Service(
+        self.service = CountingService(
             catalogue, Datapath(fake.runtime_dir, Path("/bin/false")), self.blocks, self.storage, self.watcher
         )
 
