@@ -16,7 +16,8 @@ CARGO = $$(tools/find-cargo)
 MANIFEST := --manifest-path datapath/Cargo.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-rust test-python test-vm lint format bench wheel clean
+.NOTPARALLEL:
+.PHONY: help setup setup-build setup-demo setup-bench setup-test build demo test test-rust test-python test-vm lint format bench wheel clean
 
 help:
 	@echo 'make demo    install what is missing, build, show it on an image file'
@@ -25,30 +26,33 @@ help:
 	@echo 'make lint    ruff, mypy, import-linter, rustfmt, clippy;   make format puts right what can be'
 	@echo 'make bench   the benchmarks;   make wheel   one wheel in dist/;   make clean   remove what was made'
 
-# Quick when nothing is missing: tools/setup compares a stamp with pyproject.toml and Cargo.lock.
-setup:
-	@VENV=$(VENV) tools/setup
+# Quick when nothing is missing: tools/setup compares a stamp with pyproject.toml and Cargo.lock. The demo and the
+# benchmarks ask for fewer packages than the tests.
+setup: setup-test
+
+setup-build setup-demo setup-bench setup-test: setup-%:
+	@VENV=$(VENV) tools/setup $*
 
 # The binary beside blksnapd is always the one of the present sources.
-build: setup
+build: setup-build
 	@$(CARGO) build --quiet --release --locked $(MANIFEST)
 	@cmp -s $(DATAPATH) $(BIN)/blksnap-datapath || install -m 755 $(DATAPATH) $(BIN)/blksnap-datapath
 
-demo: build
+demo: setup-demo build
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m demo $(DEMO_ARGS)
 
 test: test-rust test-python
 
-test-rust: setup
+test-rust: setup-build
 	$(CARGO) test --locked $(MANIFEST)
 
-test-python: build
+test-python: setup-test build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m 'not vm' $(PYTEST_ARGS)
 
-test-vm: build
+test-vm: setup-test build
 	PATH="$(CURDIR)/$(BIN):$$PATH" BLKSNAP_VM_KERNELS='$(VM_KERNELS)' $(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)
 
-lint: setup
+lint: setup-build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -56,15 +60,15 @@ lint: setup
 	$(CARGO) fmt --check $(MANIFEST)
 	$(CARGO) clippy --quiet --locked --all-targets $(MANIFEST) -- -D warnings
 
-format: setup
+format: setup-build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(CARGO) fmt $(MANIFEST)
 
-bench: build
+bench: setup-bench build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench $(BENCH_ARGS)
 
-wheel: setup
+wheel: setup-build
 	PATH="$$(dirname $(CARGO)):$$PATH" $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
