@@ -12,8 +12,9 @@ import logging
 import os
 import re
 import select
+import stat
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from blksnap_service.fds import OwnedFd
@@ -24,15 +25,43 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 
 
 def mount_points() -> Mapping[int, tuple[str, ...]]:
-    """Return where each block device is mounted, by device number (proc_pid_mountinfo(5))."""
+    """Return where each block device is mounted, by device number."""
     found: defaultdict[int, list[str]] = defaultdict(list)
+    for _, number, target in _mounts():
+        found[number].append(target)
+    return {number: tuple(dict.fromkeys(targets)) for number, targets in found.items()}
+
+
+def mounted_device(fd: OwnedFd) -> int:
+    """Return the number of the block device whose file system an open file is on; 0 if there is none.
+
+    Its mount decides: what was opened by the name of a mount point may be another one's, mounted over it.
+    """
+    try:
+        info = Path(f"/proc/self/fdinfo/{fd.fileno()}").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    mount_id = dict(line.split(":\t", 1) for line in info.splitlines() if ":\t" in line).get("mnt_id")
+    return next((number for one, number, _ in _mounts() if one == mount_id), 0)
+
+
+def _mounts() -> Iterator[tuple[str, int, str]]:
+    """Each mount's id, device number and mount point (proc_pid_mountinfo(5))."""
     with contextlib.suppress(OSError):
         for line in _MOUNTINFO.read_text(errors="replace").splitlines():
             fields = line.split(" ")
-            major, minor = fields[2].split(":")
-            target = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-            found[os.makedev(int(major), int(minor))].append(target)
-    return {number: tuple(dict.fromkeys(targets)) for number, targets in found.items()}
+            major, minor = (int(part) for part in fields[2].split(":"))
+            number = os.makedev(major, minor)
+            if major == 0 and (source := _plain(fields[fields.index("-") + 2])).startswith("/dev/"):
+                # btrfs: its own number is none of a device.
+                with contextlib.suppress(OSError):
+                    status = Path(source).stat()
+                    number = status.st_rdev if stat.S_ISBLK(status.st_mode) else number
+            yield fields[0], number, _plain(fields[4])
+
+
+def _plain(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 class MountWatch:

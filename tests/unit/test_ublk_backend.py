@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pytest
 from blksnap_service import errors
 from blksnap_service.backends.datapath import freeze
 from blksnap_service.devices import Device
+from blksnap_service.fds import OwnedFd
 from blksnap_service.snapshot import Request
 from blksnap_service.storage import Identity
 from blksnap_service.tracker import Placement
 from blksnap_service.trackers import Tracked
 from tests.unit.fakes.datapath import FakeDatapath
 from tests.unit.fakes.machine import Machine
-from tests.unit.fakes.service import MIB, Running, running_service
+from tests.unit.fakes.service import MIB, Running, nothing_left, running_service
 
 MINE = Request(owner_uid=1000)
 
@@ -262,19 +264,53 @@ async def test_file_systems_device_mapper_does_not_freeze_are_frozen(
     assert sorted(fake.frozen) == [str(places["bare"]), str(places["home"])]
 
 
-async def test_a_mount_point_that_hangs_delays_a_take_only_so_long(
+async def test_a_file_system_that_cannot_be_frozen_fails_the_take(
     rig: Running, fake: FakeDatapath, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not frozen, which the log says; one that is not there is no obstacle either."""
+    """It hangs, is not there, or has another one over it: said with its name, and nothing is left; unmounted it is no obstacle."""
     await greet(rig, fake, dm=(False, "no"))
-    machine.mount(machine.disk("ublkb0"), str(tmp_path / "missing"))
+    between, device = machine.disk("ublkb0"), machine.disk("sdb")
+    await attached(rig, device)
+    machine.mount(between, str(tmp_path / "missing"))
+    with pytest.raises(errors.Failed, match=r"missing cannot be frozen.*no such file"):
+        await rig.service.snapshots.create([device], MINE)
+    machine.mount(between, str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(freeze, "mounted_device", lambda _: 0)
+        with pytest.raises(errors.Failed, match="another one is mounted over it"):
+            await rig.service.snapshots.create([device], MINE)
+    with monkeypatch.context() as patch:
+        answer = threading.Event()
+
+        def hang(_device: int, _targets: object) -> OwnedFd:
+            answer.wait()
+            raise OSError("too late")
+
+        patch.setattr(freeze, "_open_first", hang)
+        patch.setattr(freeze, "OPEN_TIMEOUT_S", 0.0)
+        with pytest.raises(errors.TimedOut, match="does not answer"):
+            await rig.service.snapshots.create([device], MINE)
+        answer.set()
+    monkeypatch.setattr(freeze, "MOST", 0)
+    with pytest.raises(errors.LimitExceeded, match="1 file systems"):
+        await rig.service.snapshots.create([device], MINE)
+    assert nothing_left(rig)
+    del machine.mounted[between.number]
+    await rig.service.snapshots.create([device], MINE)
+    assert fake.frozen == []
+
+
+async def test_a_mount_point_that_is_a_file_is_not_the_one_to_be_opened(
+    rig: Running, fake: FakeDatapath, machine: Machine, tmp_path: Path
+) -> None:
+    """Containers have such mounts; the file system is opened where it is a directory."""
+    await greet(rig, fake, dm=(False, "no"))
+    (tmp_path / "hosts").touch()
+    machine.mount(machine.disk("ublkb0"), str(tmp_path / "hosts"), str(tmp_path))
     device = machine.disk("sdb")
     await attached(rig, device)
     await rig.service.snapshots.create([device], MINE)
-    assert fake.frozen == []
-    monkeypatch.setattr(freeze, "OPEN_TIMEOUT_S", 0.0)
-    await rig.service.snapshots.create([device], MINE)
-    assert fake.frozen == []
+    assert fake.frozen == [str(tmp_path)]
 
 
 async def test_a_restart_finds_trackers_where_they_are(

@@ -11,7 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from blksnap_service.mounts import mount_points
+import pytest
+
+from blksnap_service import mounts
+from blksnap_service.fds import OwnedFd
+from blksnap_service.mounts import mount_points, mounted_device
 from blksnap_service.sizes import SizeWatch
 from blksnap_service.udev import drain
 from blksnap_service.udevfiles import OurDevice, read_ours
@@ -80,6 +84,40 @@ def test_the_root_file_system_is_mounted_on_slash() -> None:
     root = os.stat("/").st_dev  # noqa: PTH116
     points = mount_points()
     assert "/" in points.get(root, ()) or os.major(root) == 0
+
+
+def test_a_mount_is_of_the_device_it_was_mounted_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names are written with escapes; btrfs has a number that is no device's, and its source says what it is."""
+    disk = next(
+        (one for one in Path("/dev").iterdir() if one.is_block_device() and " " not in one.name), None
+    )
+    number = disk.stat().st_rdev if disk else os.makedev(0, 41)
+    (tmp_path / "mountinfo").write_text(
+        "29 1 254:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
+        "30 29 254:1 /a\\040b /srv/a\\040b rw - ext4 /dev/root rw\n"
+        f"31 29 0:41 /sub /home rw shared:5 master:2 - btrfs {disk or 'none'} rw\n"
+        "32 29 0:42 / /run rw - tmpfs tmpfs rw\n"
+        "33 29 0:43 / /gone rw - btrfs /dev/no-such-disk rw\n"
+    )
+    monkeypatch.setattr(mounts, "_MOUNTINFO", tmp_path / "mountinfo")
+    assert mount_points() == {
+        os.makedev(254, 1): ("/", "/srv/a b"),
+        number: ("/home",),
+        os.makedev(0, 42): ("/run",),
+        os.makedev(0, 43): ("/gone",),
+    }
+
+
+def test_an_open_file_is_on_the_device_of_its_own_mount(tmp_path: Path) -> None:
+    """Not of what is mounted over it, or below it."""
+    for place in (tmp_path, Path("/proc")):
+        with OwnedFd(os.open(place, os.O_RDONLY)) as fd:
+            target = next(
+                targets for number, targets in mount_points().items() if number == mounted_device(fd)
+            )
+            assert any(place.is_relative_to(one) for one in target)
 
 
 _WATCH = """

@@ -19,6 +19,7 @@ from blksnap_service.backends.datapath.origin import Origin, open_origin
 from blksnap_service.backends.nbd import backend as nbd
 from blksnap_service.backends.ublk import backend as ublk
 from blksnap_service.devices import Device, escape
+from blksnap_service.fds import OwnedFd
 from blksnap_service.storage import Identity
 from tests.unit.fakes.service import MIB, image_file
 
@@ -39,6 +40,7 @@ class Machine:
         patch.setattr(usage, "_SWAPS", self.swaps)
         for module in (usage, freeze):
             patch.setattr(module, "mount_points", self._mount_points)
+        patch.setattr(freeze, "mounted_device", self._mounted_device)
         for module in (ublk, nbd):
             patch.setattr(module, "open_origin", self._open_origin)
 
@@ -86,6 +88,10 @@ class Machine:
 
     def _mount_points(self) -> Mapping[int, tuple[str, ...]]:
         return self.mounted
+
+    def _mounted_device(self, fd: OwnedFd) -> int:
+        target = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
+        return next((number for number, targets in self.mounted.items() if target in targets), 0)
 
     def _open_origin(self, device: Device) -> Origin:
         if device.path in self.in_use:
