@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Who may do what.
 
-Every method of the bus interfaces needs one action or none (``ACTIONS``). Two authorities decide about actions:
-
-``OwnerAuthority`` (``--authority owner``, for private and session buses): the service's own uid may do everything, nobody
-else anything. ``PolkitAuthority`` (``--authority polkit``, for the system bus): polkit is not asked yet, so the rule for
-"polkit is absent" holds (DESIGN section 6): uid 0 may do everything, nobody else anything. Both refuse when in doubt.
+Every method of the bus interfaces needs one action or none (``ACTIONS``). Two authorities decide about actions, and refuse
+when in doubt: ``OwnerAuthority`` (``--authority owner``, for private and session buses), for which the service's own uid may
+do everything and nobody else anything, and polkit (``--authority polkit``, for the system bus), which ``bus.polkit`` asks.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Protocol
 
 from blksnap_service import errors
 
@@ -69,6 +67,18 @@ OTHER_USER: Mapping[Action, Action] = {
 """The action that is needed instead when the snapshot or job belongs to another uid."""
 
 
+MESSAGES: Mapping[tuple[str, str], str] = {
+    ("Manager", "AddImageFile"): "Authentication is required to have changes of the file $(devices) tracked",
+    ("Manager", "Collect"): "Authentication is required to look for snapshots others have made",
+    ("Snapshot", "AddDevice"): "Authentication is required to add $(devices) to a snapshot",
+    (
+        "Snapshot",
+        "Release",
+    ): "Authentication is required to keep a snapshot of $(devices) that would end by itself",
+}
+"""What a person is asked where the message of the action would not say it; polkit puts the details in."""
+
+
 class Subject(Protocol):
     """The caller of a method."""
 
@@ -91,38 +101,23 @@ class Authority(Protocol):
         """Return if the caller may do it now. Raises ``errors.NotAuthorized`` or one of its kin."""
 
 
-class _OneUid:
-    """Lets one uid do everything."""
+def about(uid: int, details: Mapping[str, str]) -> str:
+    """Return the beginning of what a refused caller reads."""
+    devices = f" ({details['devices']})" if details.get("devices") else ""
+    return f"uid {uid} may not do this{devices}"
 
-    def __init__(self, uid: int, why: str) -> None:
-        self._uid = uid
-        self._why = why
+
+class OwnerAuthority:
+    """Only the uid the service runs as."""
+
+    def __init__(self) -> None:
+        """Ask the kernel for that uid."""
+        self._uid = os.geteuid()
 
     async def check(self, subject: Subject, action: Action, details: Mapping[str, str]) -> None:
         """Raises ``errors.NotAuthorized`` for any other uid: authenticating would not help."""
         uid = await subject.uid()
         if uid != self._uid:
-            about = f" ({details['devices']})" if details.get("devices") else ""
-            raise errors.NotAuthorized(f"uid {uid} may not do this{about}: {action.value} needs {self._why}")
-
-
-class OwnerAuthority(_OneUid):
-    """Only the uid the service runs as."""
-
-    def __init__(self) -> None:
-        """Ask the kernel for that uid."""
-        uid = os.geteuid()
-        super().__init__(uid, f"uid {uid}, which runs this service")
-
-
-class PolkitAuthority(_OneUid):
-    """Only uid 0: what holds while polkit is not asked."""
-
-    def __init__(self) -> None:
-        """Need nothing."""
-        super().__init__(0, "root, as this service does not ask polkit")
-
-
-def authority_of(name: Literal["owner", "polkit"]) -> Authority:
-    """Return the authority of that name."""
-    return OwnerAuthority() if name == "owner" else PolkitAuthority()
+            raise errors.NotAuthorized(
+                f"{about(uid, details)}: {action.value} needs uid {self._uid}, which runs this service"
+            )

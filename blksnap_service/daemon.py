@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blksnap_service import __version__, boot, errors, udevfiles
-from blksnap_service.authority import authority_of
+from blksnap_service.authority import Authority, OwnerAuthority
 from blksnap_service.bus import paths, wire
+from blksnap_service.bus.polkit import PolkitAuthority
 from blksnap_service.bus.tree import Tree, bus_id
 from blksnap_service.catalogue import Catalogue
 from blksnap_service.datapath.process import Datapath, check_socket_paths, find_binary
@@ -73,7 +74,7 @@ async def _run(options: argparse.Namespace) -> None:
             service = Service(catalogue, datapath, blocks, storage_directory, tree, records)
             try:
                 identity = await bus_id(connection)
-                tree.serve(service, authority_of(options.authority), identity)
+                tree.serve(service, _authority(options, connection), identity)
                 await service.start(identity)
                 try:
                     await connection.request_name(paths.BUS_NAME)
@@ -95,6 +96,10 @@ def _datapath(options: argparse.Namespace, runtime_dir: Path) -> Datapath:
     if options.connect_only:
         return Datapath(runtime_dir, connect_only=True)
     return Datapath(runtime_dir, find_binary(options.datapath and _absolute(options.datapath)))
+
+
+def _authority(options: argparse.Namespace, connection: wire.Connection) -> Authority:
+    return OwnerAuthority() if options.authority == "owner" else PolkitAuthority(connection)
 
 
 async def _attach_at_boot(options: argparse.Namespace) -> None:
@@ -161,7 +166,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--authority",
         choices=("polkit", "owner"),
         default="polkit",
-        help="who may do what: polkit (now: root only), or owner: the user this service runs as (default: %(default)s)",
+        help="who may do what: as polkit says (root only where there is none), or owner: the user this service runs as (default: %(default)s)",
     )
     parser.add_argument(
         "--state-dir",

@@ -140,9 +140,12 @@ def open_fd(fd: OwnedFd, origins: Collection[Identity]) -> Storage:
                 "storage-fd is open for appending: writes would not go where they belong"
             )
         stack.pop_all()
-    # The name is for people and may be " (deleted)" or of another mount namespace.
-    name = _shown(str(Path(f"/proc/self/fd/{fd.fileno()}").readlink()))
-    return _accept(fd, name, made=False, origins=origins)
+    return _accept(fd, name_of(fd), made=False, origins=origins)
+
+
+def name_of(fd: OwnedFd) -> str:
+    """Return what an open file is called, for people: it may end in " (deleted)" or be of another mount namespace."""
+    return _shown(str(Path(f"/proc/self/fd/{fd.fileno()}").readlink()))
 
 
 def _shown(path: str) -> str:
@@ -150,9 +153,13 @@ def _shown(path: str) -> str:
     return path.encode("utf-8", "replace").decode()
 
 
-def inside(path: str, directory: Path) -> bool:
-    """Whether ``path``, with links followed, is ``directory`` or lies in it."""
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
+def inside(path: str, directory: Path) -> str:
+    """Return ``path`` with links followed if that is ``directory`` or lies in it, else nothing.
+
+    The result is what to open: a link of the caller's may lead elsewhere by then.
+    """
+    real = "" if "\0" in path else os.path.realpath(path)
+    return real if real and Path(real).is_relative_to(os.path.realpath(directory)) else ""
 
 
 def _open_existing(real: str, status: os.stat_result) -> OwnedFd:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -30,6 +30,8 @@ STANDARD_ERROR: Final = "org.freedesktop.DBus.Error."
 # does not count those that want none.
 MAX_CALLS_PER_SENDER: Final = 128
 MAX_CALLS: Final = 2048
+# One user may have 256 connections to a system bus (max_connections_per_user).
+MAX_CALLS_PER_UID: Final = 512
 MAX_ERROR_CHARACTERS: Final = 4096
 INTERNAL_ERROR: Final = "internal error; see the service's log"
 NO_INTERACTION: Final = "auth.no_user_interaction"
@@ -58,6 +60,8 @@ class Call:
     interface: str
     member: str
     identities: Identities
+    present: Callable[[], bool]
+    """Tells whether the object it was called on is there still, and not another one of its name."""
 
     async def uid(self) -> int:
         """Return the caller's uid. Raised when it has left the bus: NotFound."""
@@ -81,6 +85,7 @@ class Dispatcher:
         self._objects = objects
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: Counter[str] = Counter()
+        self._calls_of_uids: Counter[int] = Counter()
         self._stopping = False
 
     def __call__(self, message: Message) -> None:
@@ -134,10 +139,18 @@ class Dispatcher:
         interactive = bool(header.flags & _frame.ALLOW_INTERACTIVE_AUTHORIZATION) and options.get(
             NO_INTERACTION
         ) != Value("b", True)
-        call = Call(header.sender, interactive, header.path, interface, method.name, self._connection)
         implementation = (self._objects.get(header.path) or {})[interface]
+        call = Call(
+            header.sender,
+            interactive,
+            header.path,
+            interface,
+            method.name,
+            self._connection,
+            lambda: (self._objects.get(header.path) or {}).get(interface) is implementation,
+        )
         task = asyncio.get_running_loop().create_task(
-            self._run(header, method, implementation, [call, *arguments], fds),
+            self._run(header, method, implementation, call, arguments, fds),
             name=f"{header.sender} {method.name} {header.path}",
         )
         self._tasks.add(task)
@@ -217,12 +230,14 @@ class Dispatcher:
         header: Header,
         method: Method,
         implementation: Implementation,
-        arguments: list[Any],
+        call: Call,
+        arguments: Sequence[Any],
         fds: FdTable,
     ) -> None:
         """Run a method and answer. Edge: nothing is raised but cancellation."""
         try:
-            result = await getattr(implementation, method.name)(*arguments)
+            with self._counted(await call.uid()):
+                result = await getattr(implementation, method.name)(call, *arguments)
             self._reply(header, method, result)
         except BlksnapError as error:
             self._refuse(header, error)
@@ -234,6 +249,19 @@ class Dispatcher:
             self._refuse(header, Failed(INTERNAL_ERROR))
         finally:
             fds.close()
+
+    @contextlib.contextmanager
+    def _counted(self, uid: int) -> Iterator[None]:
+        """Keep one user from taking up all calls. Raises ``LimitExceeded``; never for uid 0."""
+        if uid and self._calls_of_uids[uid] >= MAX_CALLS_PER_UID:
+            raise LimitExceeded(
+                f"too many calls of uid {uid} are under way; wait for answers before calling again"
+            )
+        self._calls_of_uids[uid] += 1
+        try:
+            yield
+        finally:
+            self._calls_of_uids -= Counter({uid: 1})
 
     def _reply(self, call: Header, method: Method, result: Any) -> None:
         """Send what a method returned; file descriptors in it are consumed, also if nobody wants the answer.

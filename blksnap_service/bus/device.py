@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blksnap_service import errors
+from blksnap_service.authority import Action
 from blksnap_service.bus import options as bus_options, paths
 from blksnap_service.bus.access import Context
 from blksnap_service.bus.wire import Call, Value
@@ -53,17 +54,32 @@ class Device:
             raise errors.InvalidArgument(
                 "block size 0 is no block size; leave the option out for the usual one"
             )
-        uid = await self._context.allow(call, [self.device])
+        backend, persistent = chosen.get("backend", ""), chosen.get("persistent", False)
+        before = self.device
+        uid = await self._context.allow(call, [before], backend=backend, persistent=persistent)
+        (device,) = self._context.same([before])
         await self._service.attach(
-            self.device,
+            device,
             owner_uid=uid,
-            backend=chosen.get("backend", ""),
+            backend=backend,
             block_size=block_size,
-            persistent=chosen.get("persistent", False),
+            persistent=persistent,
         )
 
     async def Detach(self, call: Call, options: Mapping[str, Value]) -> None:  # noqa: N802
         """Detach the tracker."""
         chosen = bus_options.take(options, {"force": "b"})
-        await self._context.allow(call, [self.device])
-        await self._service.detach(self.device, force=chosen.get("force", False))
+        force = chosen.get("force", False)
+        # By force it ends snapshots too.
+        ended = self._snapshots_of_others(await call.uid()) if force else set()
+        also = [Action.SNAPSHOT_DESTROY_OTHER_USER] if ended else []
+        before = self.device
+        uid = await self._context.allow(call, [before], also=also, force=force)
+        (device,) = self._context.same([before])
+        if force and not self._snapshots_of_others(uid) <= ended:
+            raise errors.Busy(f"another user has taken a snapshot of {device.path} meanwhile: try again")
+        await self._service.detach(device, force=force)
+
+    def _snapshots_of_others(self, uid: int) -> set[str]:
+        covering = self._service.snapshots.of_device(self.device.name)
+        return {one.id for one in covering if one.entry.owner_uid != uid}

@@ -69,7 +69,6 @@ class Image:
 
     async def _allow(self, call: Call, options: Mapping[str, Value]) -> None:
         bus_options.take(options, {})
-        await self._context.allow(call, self._devices())
-
-    def _devices(self) -> list[Device]:
-        return [device for device in self._context.service.inventory if device.name == self._name]
+        found: list[Device | str] = [one for one in self._context.service.inventory if one.name == self._name]
+        entry = self._snapshot.entry
+        await self._context.allow(call, found or [self._name], owner_uid=entry.owner_uid, snapshot=entry.key)

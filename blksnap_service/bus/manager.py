@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 from blksnap_service import __version__, errors, storage
+from blksnap_service.authority import Action
 from blksnap_service.bus import options as bus_options, paths
 from blksnap_service.bus.access import Context
 from blksnap_service.bus.wire import Call, Value, variant
@@ -48,12 +50,15 @@ class Manager:
     async def AddImageFile(self, call: Call, path: str, options: Mapping[str, Value]) -> str:  # noqa: N802
         """Make a regular file a device object."""
         chosen = bus_options.take(options, {"path-fd": "h"})
-        uid = await self._context.allow(call)
-        fd = _owned(chosen.get("path-fd"))
-        if fd is None and not self._context.trusted(uid):
+        uid = await call.uid()
+        if "path-fd" not in chosen and not self._context.trusted(uid):
             raise errors.OptionNotPermitted(
                 f"uid {uid} may not have the service open {path}: open it and give the option path-fd"
             )
+        # Not the caller's word for it: a person may be asked about this file.
+        shown = await asyncio.to_thread(storage.name_of, chosen["path-fd"]) if "path-fd" in chosen else path
+        await self._context.allow(call, [shown])
+        fd = _owned(chosen.get("path-fd"))
         return paths.device_path((await self._service.inventory.add_image(path, fd)).name)
 
     async def CreateSnapshot(  # noqa: N802
@@ -76,17 +81,17 @@ class Manager:
         )
         inventory = self._service.inventory
         targets = [inventory.get(paths.device_name(path)) for path in devices]
-        uid = await self._context.allow(call, targets)
-        path = chosen.get("storage", "")
-        if path and "storage-fd" in chosen:
-            raise errors.InvalidArgument("give either storage or storage-fd, not both")
-        directory = self._service.storage_directory
-        if path and not self._context.trusted(uid) and not storage.inside(path, directory):
-            raise errors.OptionNotPermitted(
-                f"uid {uid} may choose difference storage in {directory} only: open it and give the option storage-fd"
-            )
-        # The check may have waited for a person: look again.
-        targets = [inventory.get(device.name) for device in targets]
+        path = self._storage_path(chosen, await call.uid())
+        attach = chosen.get("attach", False)
+        uid = await self._context.allow(
+            call,
+            targets,
+            also=[Action.TRACKER_ATTACH] if attach else [],
+            storage=path,
+            limit=chosen.get("limit", 0),
+            attach=attach,
+        )
+        targets = self._context.same(targets)
         snapshot = await self._service.snapshots.create(
             targets,
             Request(
@@ -100,10 +105,25 @@ class Manager:
                 low_space=chosen.get("low-space", 0),
                 chunk_size=chosen.get("chunk-size", 0),
                 take=chosen.get("take", True),
-                attach=chosen.get("attach", False),
+                attach=attach,
             ),
         )
         return paths.snapshot_path(snapshot.id)
+
+    def _storage_path(self, chosen: Mapping[str, Any], uid: int) -> str:
+        """Return where difference storage is to be. Raises ``errors.InvalidArgument``, ``errors.OptionNotPermitted``."""
+        path = str(chosen.get("storage", ""))
+        if path and "storage-fd" in chosen:
+            raise errors.InvalidArgument("give either storage or storage-fd, not both")
+        if not path or self._context.trusted(uid):
+            return path
+        directory = self._service.storage_directory
+        inside = storage.inside(path, directory)
+        if not inside:
+            raise errors.OptionNotPermitted(
+                f"uid {uid} may choose difference storage in {directory} only: open it and give the option storage-fd"
+            )
+        return inside
 
     async def Collect(self, call: Call, options: Mapping[str, Value]) -> list[str]:  # noqa: N802
         """Adopt what is not known yet and return all snapshots."""

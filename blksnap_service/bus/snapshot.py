@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from blksnap_service import errors
 from blksnap_service.bus import options as bus_options, paths
 from blksnap_service.bus.access import Context
 from blksnap_service.bus.wire import Call, Value
@@ -61,28 +62,42 @@ class Snapshot:
         """Add a device before the take."""
         bus_options.take(options, {})
         target = self._context.service.inventory.get(paths.device_name(device))
-        await self._context.allow(call, [target], self._snapshot.entry.owner_uid)
+        await self._require_owner(call)
+        await self._allow(call, [target])
+        (target,) = self._context.same([target])
         await self._snapshots.add_device(self._snapshot, target)
 
     async def Take(self, call: Call, options: Mapping[str, Value]) -> None:  # noqa: N802
         """Take it."""
-        await self._allow(call, options)
+        bus_options.take(options, {})
+        await self._require_owner(call)
+        await self._allow(call, self._devices())
         await self._snapshots.take(self._snapshot)
 
     async def Destroy(self, call: Call, options: Mapping[str, Value]) -> None:  # noqa: N802
         """End it."""
-        await self._allow(call, options)
+        bus_options.take(options, {})
+        await self._allow(call, self._devices())
         await self._snapshots.destroy(self._snapshot)
 
     async def Release(self, call: Call, options: Mapping[str, Value]) -> None:  # noqa: N802
         """Drop the hold."""
-        await self._allow(call, options)
+        bus_options.take(options, {})
+        await self._allow(call, self._devices())
         await self._snapshots.release(self._snapshot)
 
-    async def _allow(self, call: Call, options: Mapping[str, Value]) -> None:
-        bus_options.take(options, {})
-        await self._context.allow(call, self._devices(), self._snapshot.entry.owner_uid)
+    async def _allow(self, call: Call, devices: Sequence[Device | str]) -> None:
+        entry = self._snapshot.entry
+        await self._context.allow(call, devices, owner_uid=entry.owner_uid, snapshot=entry.key)
 
-    def _devices(self) -> list[Device]:
-        names = set(self._snapshot.entry.devices)
-        return [device for device in self._context.service.inventory if device.name in names]
+    async def _require_owner(self, call: Call) -> None:
+        """Raises ``errors.NotAuthorized``: what a snapshot is to cover, and when, is its owner's to say."""
+        uid, owner_uid = await call.uid(), self._snapshot.entry.owner_uid
+        if uid != owner_uid and not self._context.trusted(uid):
+            raise errors.NotAuthorized(
+                f"uid {uid} may not do this: the snapshot belongs to uid {owner_uid}, and only that user and root may change it"
+            )
+
+    def _devices(self) -> list[Device | str]:
+        known = {device.name: device for device in self._context.service.inventory}
+        return [known.get(name, name) for name in self._snapshot.entry.devices]

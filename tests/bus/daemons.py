@@ -51,10 +51,12 @@ BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Config
 class Bus:
     """A private message bus that every user of this machine may use."""
 
+    config = BUS_CONFIG
+
     def __init__(self, directory: Path) -> None:
         self.path = directory / "bus"
         config = directory / "bus.conf"
-        config.write_text(BUS_CONFIG.format(path=self.path))
+        config.write_text(self.config.format(path=self.path))
         words = ("dbus-daemon", f"--config-file={config}", "--nofork", "--nopidfile", "--nosyslog")
         self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + START_S

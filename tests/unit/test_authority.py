@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,8 @@ from blksnap_service.authority import (
     Action,
     Authority,
     OwnerAuthority,
-    PolkitAuthority,
-    authority_of,
 )
+from blksnap_service.bus.polkit import PolkitAuthority
 
 XML = Path(__file__).parents[2] / "dbus" / "interfaces" / "org.blksnap.Blksnap1.xml"
 
@@ -35,6 +35,21 @@ class Caller:
     async def uid(self) -> int:
         """Return it."""
         return self._uid
+
+
+class WithoutPolkit:
+    """A bus without polkit on it; every question is an error."""
+
+    async def call(self, *words: object, **more: object) -> list[object]:
+        """Answer as dbus-daemon does."""
+        raise errors.RemoteError("org.freedesktop.DBus.Error.ServiceUnknown", "The name was not provided")
+
+    def watch_name(self, unique: str, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Watch nothing."""
+        return lambda: None
+
+
+AUTHORITIES = [OwnerAuthority(), PolkitAuthority(WithoutPolkit())]
 
 
 class Gone(Caller):
@@ -70,7 +85,7 @@ def test_action_ids_are_polkits() -> None:
     assert Action.SNAPSHOT_DESTROY_OTHER_USER.id == "org.blksnap.blksnap1.snapshot-destroy-other-user"
 
 
-@pytest.mark.parametrize("authority", [OwnerAuthority(), PolkitAuthority()])
+@pytest.mark.parametrize("authority", AUTHORITIES)
 @pytest.mark.parametrize("action", list(Action))
 async def test_nobody_may_do_nothing(authority: Authority, action: Action) -> None:
     """The text says who asked for what, and about which device."""
@@ -87,7 +102,7 @@ async def test_the_owner_may_do_everything() -> None:
 async def test_the_owner_is_not_root_but_the_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a private bus of a user, root has no say."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    authority = authority_of("owner")
+    authority = OwnerAuthority()
     await authority.check(Caller(1000), Action.TRACKER_ATTACH, {})
     with pytest.raises(errors.NotAuthorized):
         await authority.check(Caller(0), Action.TRACKER_ATTACH, {})
@@ -96,14 +111,21 @@ async def test_the_owner_is_not_root_but_the_owner(monkeypatch: pytest.MonkeyPat
 async def test_without_polkit_root_may_do_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever the service runs as."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    authority = authority_of("polkit")
+    authority = PolkitAuthority(WithoutPolkit())
     await authority.check(Caller(0), Action.IMAGE_OPEN, {})
     with pytest.raises(errors.NotAuthorized, match="root"):
         await authority.check(Caller(1000), Action.IMAGE_OPEN, {})
 
 
-@pytest.mark.parametrize("authority", [OwnerAuthority(), PolkitAuthority()])
+@pytest.mark.parametrize("authority", AUTHORITIES)
 async def test_who_has_left_may_do_nothing(authority: Authority) -> None:
     """Not knowing who asked is a no."""
     with pytest.raises(errors.BlksnapError):
         await authority.check(Gone(0), Action.TRACKER_ATTACH, {})
+
+
+def test_the_policy_file_has_every_action() -> None:
+    """An action polkit does not know is refused to all but root."""
+    policy = XML.parents[1] / "polkit" / "org.blksnap.blksnap1.policy"
+    ids = [one.get("id") for one in ET.parse(policy).getroot().iter("action")]  # noqa: S314
+    assert sorted(map(str, ids)) == sorted(action.id for action in Action)
