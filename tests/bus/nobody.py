@@ -63,8 +63,13 @@ async def main(address: str) -> None:
     connection = await wire.connect(address)
     print(connection.unique_name, flush=True)
     pool = ThreadPoolExecutor(1)
-    while line := await asyncio.get_running_loop().run_in_executor(pool, sys.stdin.readline):
+
+    async def serve(line: str) -> None:
         print(json.dumps(await _call(connection, json.loads(line))), flush=True)
+
+    async with asyncio.TaskGroup() as group:
+        while line := await asyncio.get_running_loop().run_in_executor(pool, sys.stdin.readline):
+            group.create_task(serve(line))
     connection.close()
 
 

@@ -145,7 +145,7 @@ class _DeclinedError(BlksnapError):
 
 
 class Agent:
-    """Asks nobody: answers ``yes`` or ``no`` for a process, or lets it wait. Remembers what a person would have read."""
+    """Asks nobody: answers ``yes`` or ``no`` for a process, when ``gate`` is open. Remembers what a person would have read."""
 
     def __init__(self, connection: wire.Connection) -> None:
         """Answer on the connection of root."""
@@ -155,6 +155,8 @@ class Agent:
         self.details: list[Mapping[str, str]] = []
         self.cancelled = asyncio.Event()
         self.begun = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
         publisher = wire.Publisher(connection, "/org/blksnap", wire.parse_interfaces(AGENT_XML))
         publisher.export(AGENT_PATH, {AGENT: self})
 
@@ -193,8 +195,7 @@ class Agent:
         self.messages.append(message)
         self.details.append(details)
         self.begun.set()
-        if self.answer == "wait":
-            await self.cancelled.wait()
+        await self.gate.wait()
         if self.answer != "yes":
             raise _DeclinedError("declined")
         kind, values = identities[0]
@@ -214,6 +215,7 @@ class Agent:
     async def CancelAuthentication(self, call: wire.Call, cookie: str) -> None:  # noqa: N802
         """Take the question back."""
         self.cancelled.set()
+        self.gate.set()
 
 
 class Unprivileged:
@@ -244,9 +246,13 @@ class Unprivileged:
         signature: str = "",
         *arguments: Any,
         interactive: bool = True,
+        quiet: bool = False,
         **options: tuple[str, Any],
     ) -> None:
-        """Call a method of ours; ``_`` in options' names stands for ``-``. An h is the name of a file it is to open."""
+        """Call a method of ours; ``_`` in options' names stands for ``-``. An h is the name of a file it is to open.
+
+        ``quiet`` gives the option auth.no_user_interaction. Any number of calls may be under way.
+        """
         request = {
             "path": path,
             "interface": interface,
@@ -254,14 +260,15 @@ class Unprivileged:
             "signature": signature,
             "arguments": arguments,
             "interactive": interactive,
-            "options": {name.replace("_", "-"): pair for name, pair in options.items()},
+            "options": {name.replace("_", "-"): pair for name, pair in options.items()}
+            | ({"auth.no_user_interaction": ("b", True)} if quiet else {}),
         }
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
 
     async def end(self) -> tuple[str, Any]:
-        """Return the last name of the error, or nothing, and what came back or its text."""
+        """Return the last name of the error, or nothing, and what came back or its text, of the next call that ends."""
         error, result = json.loads(await asyncio.to_thread(self._line))
         return str(error).rpartition(".")[2], result
 

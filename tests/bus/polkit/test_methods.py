@@ -106,13 +106,13 @@ async def _as_root(root: Client, words: Words, options: dict[str, Any]) -> str:
     return "ok"
 
 
-COLUMNS = ("no rule", "not asked", "agent: yes", "agent: no", "rule: no", "rule: yes", "root")
+COLUMNS = ("no rule", "not asked", "rule: no", "agent: no", "agent: yes", "rule: yes", "root")
 EXPECTED = (
     "NotAuthorizedCanObtain",
     "NotAuthorizedCanObtain",
-    "ok",
-    "NotAuthorizedDismissed",
     "NotAuthorized",
+    "NotAuthorizedDismissed",
+    "ok",
     "ok",
     "ok",
 )
@@ -130,19 +130,26 @@ async def test_every_method_asks_polkit(
     directory: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And does what it is told: without a rule, with an agent that says yes or no, with a rule, and for root."""
+    """And does what it is told: without a rule, with one, with an agent that says no or yes, and for root."""
     stage = Stage(directory, root, nobody, polkit)
     methods = [method for method in ACTIONS if method[0] != "Job"]
     found: dict[tuple[str, str], list[str]] = {method: [] for method in methods}
 
+    ready: dict[tuple[str, str], tuple[Words, dict[str, Any]]] = {}
+
     async def row(verdict: str, *, interactive: bool = True) -> None:
         for method in methods:
-            words, options = await stage.call(*method)
+            # What is refused leaves everything as it was: it is there for the next.
+            if method not in ready:
+                ready[method] = await stage.call(*method)
+            words, options = ready[method]
             polkit.rule(verdict)
             asked = len(agent.messages)
             error, text = await nobody.call(*words, interactive=interactive, **options)
             polkit.rule("")
             found[method].append(error or "ok")
+            if not error:
+                del ready[method]
             assert "Traceback" not in str(text)
             if len(agent.messages) > asked:
                 assert "$(" not in agent.messages[-1]
@@ -150,18 +157,19 @@ async def test_every_method_asks_polkit(
 
     await row("")
     await row("", interactive=False)
+    await row("no")
     await agent.register(nobody.process.pid, NOBODY)
-    await row("")
     agent.answer = "no"
     await row("")
-    await row("no")
+    agent.answer = "yes"
+    await row("")
     await row("yes")
     for method in methods:
         found[method].append(await _as_root(root, *await stage.call(*method)))
     with capsys.disabled():
-        print("\n" + "".join(f"{column:24}" for column in ("method", *COLUMNS)))
+        print("\n" + "".join(f"{column:25}" for column in ("method", *COLUMNS)))
         for method, cells in found.items():
-            print("".join(f"{cell:24}" for cell in (".".join(method), *cells)))
+            print("".join(f"{cell:25}" for cell in (".".join(method), *cells)))
     for method, cells in found.items():
         if ACTIONS[method] is None:
             assert cells == ["ok"] * len(COLUMNS), method
