@@ -16,6 +16,7 @@ import pytest
 
 from blksnap_service.bus import wire
 from blksnap_service.bus._connection import Connection
+from blksnap_service.bus._dispatch import MAX_CALLS_PER_UID
 from blksnap_service.bus._frame import NO_REPLY_EXPECTED, Header, Message, build, read_header, read_lengths
 from blksnap_service.errors import NotFound
 
@@ -26,6 +27,8 @@ XML = """<node><interface name="a.B1">
   <method name="Refuse"/>
   <method name="Crash"/>
 </interface></node>"""
+SENDER = ":1.9"
+UID = 1000
 
 
 class Thing:
@@ -70,9 +73,15 @@ class Wire:
     thing: Thing
     theirs: socket.socket
 
-    def call(self, member: str, flags: int = 0) -> None:
+    def call(self, member: str, flags: int = 0, sender: str = SENDER) -> None:
         """Send a call without arguments, as the bus would."""
-        self.theirs.send(build(Header(1, flags, 7, "/r/x", "a.B1", member, sender=":1.9"), b""))
+        self.theirs.send(build(Header(1, flags, 7, "/r/x", "a.B1", member, sender=sender), b""))
+
+    def know(self, sender: str, uid: int) -> None:
+        """Have the connection know whose a name is; there is no bus to ask."""
+        known: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        known.set_result(uid)
+        self.connection._uids[sender] = known
 
     def begin_keep(self) -> None:
         """Hand in a call of Keep with a descriptor. Its task is made and has not begun."""
@@ -113,6 +122,7 @@ async def service() -> AsyncIterator[Wire]:
     thing = Thing()
     publisher.export("/r/x", {"a.B1": thing})
     one = Wire(connection, publisher, thing, theirs)
+    one.know(SENDER, UID)
     await one.settle()
     yield one
     await publisher.stop()
@@ -162,3 +172,25 @@ async def test_calls_of_the_past_are_not_counted(service: Wire) -> None:
     service.call("Wait")
     await service.settle()
     assert service.publisher._dispatcher._calls == {":1.9": 1}
+
+
+async def test_one_user_cannot_take_up_all_calls(service: Wire) -> None:
+    """With many connections either; root can still call, and so can the user when calls have ended."""
+    for number in range(MAX_CALLS_PER_UID // 64):
+        service.know(f":2.{number}", UID)
+        for _ in range(64):
+            service.call("Wait", sender=f":2.{number}")
+        assert await service.settle() == []
+    service.call("Open")
+    refused = await service.settle()
+    assert [header.error_name for header in refused] == ["org.blksnap.Blksnap1.Error.LimitExceeded"]
+    service.know(":3.1", 0)
+    service.call("Open", sender=":3.1")
+    assert [header.error_name for header in await service.settle()] == [""]
+    for task in service.publisher._dispatcher._tasks:
+        task.cancel()
+    while await service.settle():
+        pass
+    service.call("Open")
+    assert [header.error_name for header in await service.settle()] == [""]
+    assert not service.publisher._dispatcher._calls_of_uids
