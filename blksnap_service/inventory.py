@@ -109,7 +109,7 @@ class Inventory:
         """
         for entry in self._table:
             try:
-                device = await asyncio.to_thread(_image_file, entry.key, entry.path)
+                device = await asyncio.to_thread(_image_file_at, entry.key, entry.path)
             except errors.BlksnapError as error:
                 _log.warning("%s", error)
                 if entry.key not in needed:
@@ -139,13 +139,16 @@ class Inventory:
         Raises ``errors.NotFound``, ``errors.InvalidArgument`` (no absolute path, not a regular file, a size that cannot
         be tracked), ``errors.NotAvailable`` (the service may not write it).
         """
+        opened = None
         if fd is not None:
             with fd:
-                path = await asyncio.to_thread(_name_of, fd, path)
+                path, opened = await asyncio.to_thread(_name_of, fd, path)
         if not path.startswith("/") or "\0" in path:
             raise errors.InvalidArgument(f"the image file {path!r} is no absolute path")
         async with self._lock:
             new = await asyncio.to_thread(_image_file, "", path)
+            if opened not in {None, new.identity}:
+                raise errors.InvalidArgument(f"{path} is not the file that was opened any more")
             for device in list(self._devices.values()):
                 if device.kind == "file" and await asyncio.to_thread(_same_file, device, new):
                     if device.path == new.path:
@@ -255,7 +258,7 @@ class Inventory:
 
     async def _refresh_image(self, device: Device) -> None:
         try:
-            now = await asyncio.to_thread(_image_file, device.name, device.path)
+            now = await asyncio.to_thread(_image_file_at, device.name, device.path)
         except errors.BlksnapError:
             # A tracked file is still open in the data path; an untracked one says so when it is attached.
             return
@@ -318,18 +321,30 @@ def _image_file(name: str, path: str) -> Device:
     )
 
 
-def _name_of(fd: OwnedFd, path: str) -> str:
-    """Return the name of the file a caller opened. Blocks. Raises ``errors.InvalidArgument``."""
+def _image_file_at(name: str, path: str) -> Device:
+    """Return what is known now of a listed file. Blocks. Raises as ``_image_file``.
+
+    Links were followed when it was added: who may write its directory must not have another file tracked by a link.
+    """
+    device = _image_file(name, path)
+    if device.path != path:
+        raise errors.NotFound(f"the image file {path} is not there any more: the name leads to {device.path}")
+    return device
+
+
+def _name_of(fd: OwnedFd, path: str) -> tuple[str, Identity]:
+    """Return the name of the file a caller opened, and which it is. Blocks. Raises ``errors.InvalidArgument``."""
     import fcntl
 
     if fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
         raise errors.InvalidArgument("path-fd is not open for reading and writing")
     name = path or str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
     # The service opens the name when it attaches: it must lead to what the caller could open.
+    identity = Identity.of(os.fstat(fd.fileno()))
     try:
-        same = os.path.samestat(Path(name).stat(), os.fstat(fd.fileno()))
+        same = Identity.of(Path(name).stat()) == identity
     except (OSError, ValueError):
         same = False
     if not same:
         raise errors.InvalidArgument(f"path-fd is not the file {name}")
-    return name
+    return name, identity

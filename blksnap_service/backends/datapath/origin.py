@@ -66,6 +66,9 @@ def open_origin(device: Device) -> Origin:
             raise errors.InvalidArgument(
                 f"{device.path} has {size} bytes; a disk has a multiple of 512 and more than 0"
             )
+        if device.kind == "file" and str(Path(f"/proc/self/fd/{fd.fileno()}").readlink()) != device.path:
+            # Who may write its directory must not have another file tracked by a link.
+            raise errors.NotFound(f"{device.path} is not there any more, or a link that leads elsewhere")
         # O_NONBLOCK is for the open only.
         os.set_blocking(fd.fileno(), True)
         origin = Origin(fd, Identity.of(status), size, _fingerprint(status, size))

@@ -360,3 +360,24 @@ async def test_an_image_file_is_added_by_who_can_open_it(
     )
     assert error == "InvalidArgument"
     assert agent.messages == [f"Authentication is required to have changes of the file {image} tracked"]
+
+
+async def test_a_link_in_the_place_of_an_image_file_leads_nowhere(
+    daemon: Daemon, root: Client, nobody: Unprivileged, polkit: Polkit, image: Path, directory: Path
+) -> None:
+    """Who added a file by right cannot have the service open another one by its name."""
+    polkit.rule("yes")
+    secret = make_image(directory / "secret")
+    error, result = await nobody.call(
+        MANAGER_PATH, MANAGER, "AddImageFile", "s", "", path_fd=("h", str(image))
+    )
+    assert not error, result
+    image.unlink()
+    image.symlink_to(secret)
+    error, text = await nobody.call(result[0], DEVICE, "Attach")
+    assert error == "NotFound"
+    assert f"{image} is not there any more" in text
+    # The service looks at sizes of image files by itself, at least when it starts.
+    assert await daemon.end() == 0
+    await daemon.start()
+    assert all(one.get(DEVICE, {}).get("Path") != str(secret) for one in (await root.objects()).values())
