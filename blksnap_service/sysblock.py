@@ -41,6 +41,39 @@ def ublk_number(ublk_id: int) -> int:
     return _number(_SYS / "block" / f"ublkb{ublk_id}" / "dev")
 
 
+def has_class(name: str) -> bool:
+    """Whether a driver that keeps its number in a class of that name is there."""
+    return (_SYS / "class" / name / "major").exists()
+
+
+def device_path(number: int) -> str:
+    """Return where devtmpfs has the node of a device."""
+    return "/dev/" + kernel_name(number).replace("!", "/")
+
+
+def filter_name(number: int) -> str:
+    """Return the name of the block device filter on a device; empty if there is none, or the kernel has no filters."""
+    return _read(node(number) / "filter")
+
+
+def filtered(name: str) -> list[int]:
+    """Return the devices with the filter of that name."""
+    files = [*_glob(_SYS / "block", "*/filter"), *_glob(_SYS / "block", "*/*/filter")]
+    return [_number(file.with_name("dev")) for file in files if _read(file) == name]
+
+
+def written(number: int) -> tuple[int, int, int, int]:
+    """Return how many writes, bytes written, discards and bytes discarded a device counted (block/stat.rst).
+
+    Raises ``OSError``, ``ValueError`` when it counts nothing.
+    """
+    fields = [int(field) for field in (node(number) / "stat").read_text(encoding="ascii").split()]
+    if len(fields) < 7:
+        raise ValueError("the device has no statistics")
+    discards = (fields[11], fields[13] * 512) if len(fields) > 13 else (0, 0)
+    return fields[4], fields[6] * 512, *discards
+
+
 def unsupported(number: int) -> str:
     """Return why no block device can be put over this one (DESIGN section 4, rule 8); empty if one can."""
     directory = node(number)
