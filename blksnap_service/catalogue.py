@@ -82,7 +82,21 @@ class SnapshotEntry:
     bus_id: str
 
 
-_E = TypeVar("_E", ImageEntry, TrackerEntry, SnapshotEntry)
+@dataclass(frozen=True, slots=True)
+class FilterSnapshotEntry:
+    """What the kernel filter does not know of one of our snapshots; ``key`` is its uuid here, ``kernel_id`` there.
+
+    ``origins`` are those that were taken, ``taken_at`` is in µs since the epoch (0: not taken), ``limit`` in bytes.
+    """
+
+    key: str
+    kernel_id: str
+    origins: tuple[str, ...]
+    taken_at: int
+    limit: int
+
+
+_E = TypeVar("_E", ImageEntry, TrackerEntry, SnapshotEntry, FilterSnapshotEntry)
 
 
 def _parse(kind: type[_E], source: object) -> _E:
@@ -190,7 +204,7 @@ class Table(Generic[_E]):
 
 
 class Catalogue:
-    """The state directory: three tables and the saved maps. A context manager that holds the lock."""
+    """The state directory: its tables and the saved maps. A context manager that holds the lock."""
 
     def __init__(self, state_dir: Path) -> None:
         """Lock and read ``state_dir``, which is created if missing.
@@ -213,7 +227,8 @@ class Catalogue:
                 self.images = Table(state_dir / "images.json", ImageEntry)
                 self.trackers = Table(state_dir / "trackers.json", TrackerEntry)
                 self.snapshots = Table(state_dir / "snapshots.json", SnapshotEntry)
-                for table in (self.images, self.trackers, self.snapshots):
+                self.filter_snapshots = Table(state_dir / "filter-snapshots.json", FilterSnapshotEntry)
+                for table in (self.images, self.trackers, self.snapshots, self.filter_snapshots):
                     table.load()
             except BlockingIOError as error:
                 raise errors.Busy(

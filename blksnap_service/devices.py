@@ -51,10 +51,15 @@ class Device:
 
     @property
     def origin(self) -> str:
-        """What the data path calls it: readable, at most 29 characters, the same for the same path."""
-        digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
-        readable = re.sub(r"[^A-Za-z0-9]+", "-", Path(self.path).name)[:20].strip("-")
-        return f"{readable}-{digest}" if readable else digest
+        """What its backend calls it."""
+        return origin_name(self.path)
+
+
+def origin_name(path: str) -> str:
+    """Return what backends call what is at a path: readable, at most 29 characters, the same for the same path."""
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", Path(path).name)[:20].strip("-")
+    return f"{readable}-{digest}" if readable else digest
 
 
 def escape(text: str) -> str:
