@@ -60,6 +60,8 @@ class TrackerEntry:
     """As in ``tracker.Placement``, and so the next two."""
     insert: str = ""
     ublk_id: int = -1
+    stable_key: str = ""
+    """As in ``devices.Device``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What takes snapshots: the protocol every snapshot engine implements, and what it says about a snapshot.
 
-The data path is one; the kernel filter will be another. Origins are named as in their backend. Owners, holders,
+The data path is one, the kernel filter another. Origins are named as in their backend. Owners, holders,
 descriptions and storage names are not known here: those are the business of ``snapshots``.
 """
 
@@ -48,6 +48,10 @@ class SnapshotStatus:
 
 class SnapshotEngine(Protocol):
     """Takes snapshots of the origins of some backends. All methods raise ``errors.BlksnapError``."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
 
     async def create(
         self, snapshot: str, storage: OwnedFd, *, limit: int, low_space: int, chunk_size: int

@@ -70,6 +70,11 @@ class MapReader:
         At most ``most`` ranges, and at most ``MAX_RANGES``. Raises ``errors.GenerationChanged`` when the generation is not
         ``generation`` or the number is older than it remembers; ``errors.InvalidArgument``.
         """
+        if view is View.LIVE and not self._tracker.map_is_live:
+            # What it would say is the last take's: that nothing has changed since.
+            raise errors.NotSupported(
+                f"{self._tracker.node} shows changes only as of the last snapshot: ask for the view taken, or take one"
+            )
         opened = await self._tracker.open_map(view)
         with opened.fd:
             reading = opened.reading
@@ -104,10 +109,16 @@ class MapReader:
             return levels, _sequence(opened)
 
     async def count(self) -> Counted:
-        """Return a reading with the number of blocks changed since each number, from the live map."""
+        """Return a reading with the number of blocks changed since each number, from the live map.
+
+        Without one, how many changed since the last take is not known and not said.
+        """
         opened = await self._tracker.open_map(View.LIVE)
         with opened.fd:
-            return Counted(opened.reading, await asyncio.to_thread(_counts, opened))
+            changed = await asyncio.to_thread(_counts, opened)
+            if opened.view is View.TAKEN:
+                del changed[opened.reading.changes]
+            return Counted(opened.reading, changed)
 
     async def note_take(self) -> None:
         """Count the last take for ``Mode.FREQUENCY``."""

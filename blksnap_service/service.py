@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from blksnap_service import errors, inventory, snapshot, sysblock, trackers
+from blksnap_service import errors, inventory, kernelfilter, snapshot, sysblock, trackers
+from blksnap_service.backends.blkfilter.backend import FilterBackend
 from blksnap_service.backends.datapath.engine import DatapathEngine
 from blksnap_service.backends.nbd.backend import NbdBackend
 from blksnap_service.backends.planned import PlannedBackend
@@ -27,7 +28,9 @@ from blksnap_service.datapath.model import Event
 from blksnap_service.datapath.process import Datapath
 from blksnap_service.devices import Device, escape
 from blksnap_service.devicewatch import DeviceWatch
+from blksnap_service.engines import SnapshotEngine
 from blksnap_service.inventory import Inventory
+from blksnap_service.kernelfilter import KernelFilter, SnapshotEvent
 from blksnap_service.persistent import Record, Records
 from blksnap_service.snapshots import Snapshots
 from blksnap_service.storage import Identity
@@ -63,15 +66,17 @@ class Service:
         storage_directory: Path,
         watcher: Watcher,
         records: Records | None = None,
+        filter_backend: FilterBackend | None = None,
     ) -> None:
         """Put the parts together; nothing happens before ``start``. ``records`` are the devices to be tracked always."""
         self._catalogue = catalogue
         self._datapath = datapath
         self._watcher = watcher
         self._bus_id = ""
-        self._events: asyncio.Queue[Event | str] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | SnapshotEvent | str] = asyncio.Queue()
+        self._filter = KernelFilter(catalogue, self._events.put_nowait, filter_backend)
         self._backends: Sequence[Backend] = (
-            PlannedBackend("blkfilter", snapshots=True, live_map=False),
+            self._filter.backend,
             UblkBackend(datapath, catalogue.maps),
             NbdBackend(datapath, catalogue.maps),
             PlannedBackend("bpf", snapshots=False, live_map=True),
@@ -84,7 +89,7 @@ class Service:
             catalogue.images, blocks, watcher, lambda: {name for name, _ in self.registry}, self._devices
         )
         engine = DatapathEngine(datapath)
-        engines = {"ublk": engine, "nbd": engine}
+        engines: dict[str, SnapshotEngine] = {"blkfilter": self._filter.engine, "ublk": engine, "nbd": engine}
         self.snapshots = Snapshots(catalogue, self.registry, engines, storage_directory, watcher)
 
     async def start(self, bus_id: str) -> None:
@@ -101,6 +106,7 @@ class Service:
         await self._attach_record(record)
 
     async def _connect(self) -> None:
+        await self._filter.backend.refresh()
         needed = {entry.key for entry in self._catalogue.trackers}
         await self.inventory.load(frozenset(needed))
         await self._datapath.connect(self._events.put_nowait, self._events.put_nowait)
@@ -116,13 +122,16 @@ class Service:
         self._devices.close()
         self.inventory.close()
         self._datapath.close()
+        self._filter.close()
 
     async def attach(
         self, device: Device, *, owner_uid: int, backend: str, block_size: int, persistent: bool
     ) -> None:
         """Attach a tracker, after every boot too if ``persistent``. Raises as ``Registry.attach``."""
         await self._look_for_backends()
-        if not persistent or device.kind != "block":
+        record_it = persistent and device.kind == "block"
+        if not record_it or self.registry.choice(device, backend) == kernelfilter.NAME:
+            # What the kernel filter tracks is to be mounted as it is: udev is not to hide it, as it does what has a record.
             await self.registry.attach(
                 device, owner_uid=owner_uid, backend=backend, block_size=block_size, persistent=persistent
             )
@@ -145,10 +154,14 @@ class Service:
             await asyncio.to_thread(self._records.forget, device.stable_key)
 
     async def _look_for_backends(self) -> None:
-        """Notice that a kernel module was loaded or removed."""
+        """Notice that a kernel module was loaded or removed, and what others do with the kernel filter."""
+        changed = await self._filter.backend.refresh()
         with contextlib.suppress(errors.BlksnapError):
-            if await self._datapath.greet():
-                self._watcher.backends_changed()
+            changed = await self._datapath.greet() or changed
+        if changed:
+            self._watcher.backends_changed()
+        with contextlib.suppress(errors.BlksnapError):
+            await self._filter.look_around(self.registry, self._adopt_running)
 
     async def _attach_found(self, device: Device) -> None:
         for record in (await asyncio.to_thread(self._records.all)).values():
@@ -193,6 +206,7 @@ class Service:
 
     async def collect(self) -> None:
         """Adopt snapshots this service does not know yet."""
+        await self._adopt_running()
         await self.snapshots.adopt(self._bus_id)
 
     async def reconcile(self) -> None:
@@ -287,6 +301,8 @@ class Service:
         ended = "the data path ended while no service ran"
         if self._is_waited_for(entry):
             await self._replace_lost(entry, ended)
+        elif entry.persistent and entry.backend == kernelfilter.NAME:
+            await self._filter.attach_again(entry, self.registry, self.inventory)
         elif not entry.persistent:
             _log.warning("%s is not tracked any more: what tracked it has ended", entry.path)
             await self._catalogue.trackers.drop(entry.key)
@@ -316,6 +332,8 @@ class Service:
             try:
                 if isinstance(event, str):
                     await self._datapath_lost(event)
+                elif isinstance(event, SnapshotEvent):
+                    await self._filter.pass_on(event, self.snapshots)
                 else:
                     await self._on_event(event)
             except errors.BlksnapError as error:
@@ -375,6 +393,7 @@ class Service:
             for one in self.snapshots:
                 with contextlib.suppress(errors.BlksnapError):
                     await self.snapshots.refresh(one)
+            await self._filter.follow_takes(self.registry)
             if ticks % LOOK_AROUND_TICKS == 0:
                 await self._look_for_backends()
                 await self.inventory.refresh()

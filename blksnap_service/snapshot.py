@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -11,7 +12,7 @@ from typing import Literal, Protocol
 from blksnap_service import errors
 from blksnap_service.catalogue import SnapshotEntry
 from blksnap_service.devices import Device
-from blksnap_service.engines import SnapshotStatus
+from blksnap_service.engines import SnapshotEngine, SnapshotStatus
 from blksnap_service.fds import OwnedFd
 
 MAX_DEVICES = 64
@@ -44,6 +45,7 @@ class Snapshot:
     """One snapshot as the bus shows it. Changed only by ``Snapshots``."""
 
     entry: SnapshotEntry
+    engine: SnapshotEngine = field(repr=False)
     status: SnapshotStatus
     destroying: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
@@ -91,3 +93,19 @@ def distinct(devices: Sequence[Device]) -> list[str]:
     if len(names) > MAX_DEVICES:
         raise errors.LimitExceeded(f"a snapshot covers at most {MAX_DEVICES} devices")
     return names
+
+
+def found(engine: SnapshotEngine, status: SnapshotStatus, devices: tuple[str, ...]) -> SnapshotEntry:
+    """Return the entry of a snapshot that an engine holds and nobody wrote down: it is uid 0's."""
+    return SnapshotEntry(
+        key=status.snapshot,
+        devices=devices,
+        owner_uid=0,
+        description=f"found in {engine.name}",
+        storage_path="",
+        storage_made="",
+        limit=status.limit,
+        created_at=status.taken_at or time.time_ns() // 1000,
+        holder="",
+        bus_id="",
+    )

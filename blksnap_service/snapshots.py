@@ -29,6 +29,7 @@ from blksnap_service.snapshot import (
     State,
     Watcher,
     distinct,
+    found,
 )
 from blksnap_service.trackers import Registry
 
@@ -99,7 +100,11 @@ class Snapshots:
                 raise errors.InvalidArgument(f"{device.path} is already part of the snapshot")
             if len(names) > MAX_DEVICES:
                 raise errors.LimitExceeded(f"a snapshot covers at most {MAX_DEVICES} devices")
-            self._engine(names)
+            if self._engine(names) is not snapshot.engine:
+                raise errors.NotSupported(
+                    f"{device.path} cannot be part of a snapshot that {snapshot.engine.name} takes: it is tracked by"
+                    f" {self._registry.get(device.name).entry.backend}"
+                )
             await self._note(snapshot, replace(snapshot.entry, devices=names))
 
     async def take(self, snapshot: Snapshot) -> None:
@@ -136,7 +141,7 @@ class Snapshots:
             if self._snapshots.get(snapshot.id) is not snapshot:
                 return
             try:
-                status = await self._engine_of(snapshot).status(snapshot.id)
+                status = await snapshot.engine.status(snapshot.id)
             except errors.NotFound:
                 devices = ", ".join(snapshot.entry.devices)
                 _log.warning(
@@ -160,13 +165,19 @@ class Snapshots:
                     await engine.destroy(status.snapshot)
                     self._unwanted.discard(status.snapshot)
                 elif status.snapshot not in self._snapshots and status.snapshot not in self._making:
-                    entry = self._catalogue.snapshots.get(status.snapshot) or self._unknown(status)
-                    snapshot = Snapshot(entry, status)
+                    entry = self._catalogue.snapshots.get(status.snapshot) or found(
+                        engine, status, self._names(status)
+                    )
+                    snapshot = Snapshot(entry, engine, status)
                     self._snapshots[snapshot.id] = snapshot
                     self._watcher.snapshot_added(snapshot)
                     if entry.holder and entry.bus_id != bus_id:
                         _log.warning("the holder of snapshot %s has left: it ends", entry.key)
                         await self.destroy(snapshot)
+                elif (known := self._snapshots.get(status.snapshot)) is not None and not known.entry.devices:
+                    # Another program made it, and has only now added devices.
+                    known.entry = replace(known.entry, devices=self._names(status))
+                    self._update(known, status)
         for entry in self._catalogue.snapshots:
             if entry.key not in self._snapshots and entry.key not in self._making:
                 _note_loss(entry)
@@ -238,7 +249,7 @@ class Snapshots:
             status = await engine.create(
                 entry.key, opened.fd, limit=limit, low_space=request.low_space, chunk_size=request.chunk_size
             )
-            snapshot = Snapshot(entry, status)
+            snapshot = Snapshot(entry, engine, status)
             if request.take:
                 await self._take(snapshot)
         except BaseException:
@@ -263,7 +274,18 @@ class Snapshots:
         names = snapshot.entry.devices
         trackers = {name: self._registry.get(name).tracker for name in names}
         engine = self._engine(names)
-        resets = await engine.take(snapshot.id, [tracker.origin for tracker in trackers.values()])
+        if engine is not snapshot.engine:
+            raise errors.InvalidState(
+                f"its devices are not tracked any more as they were when {snapshot.engine.name} began it: destroy it"
+            )
+        try:
+            resets = await engine.take(snapshot.id, [tracker.origin for tracker in trackers.values()])
+        except errors.BlksnapError:
+            # The kernel filter may have used up numbers, or a generation, before it failed.
+            for name in names:
+                with contextlib.suppress(errors.BlksnapError):
+                    await self._registry.refresh(name)
+            raise
         # The take has happened: what follows only tells.
         for name, tracker in trackers.items():
             try:
@@ -326,11 +348,9 @@ class Snapshots:
             raise errors.NotSupported(f"no snapshot can cover devices tracked by {backends} at one instant")
         return engine
 
-    def _engine_of(self, snapshot: Snapshot) -> SnapshotEngine:
-        for name in snapshot.entry.devices:
-            if name in self._registry:
-                return self._engine([name])
-        return next(iter(self._engines.values()))
+    def _names(self, status: SnapshotStatus) -> tuple[str, ...]:
+        names = [self._registry.by_origin(image.origin) for image in status.images]
+        return tuple(name for name in names if name is not None)
 
     def _check_holds(self, uid: int) -> None:
         held = sum(1 for one in self if one.entry.holder and one.entry.owner_uid == uid)
@@ -356,7 +376,7 @@ class Snapshots:
 
     async def _end_in_engine(self, snapshot: Snapshot) -> None:
         with contextlib.suppress(errors.NotFound):
-            await self._engine_of(snapshot).destroy(snapshot.id)
+            await snapshot.engine.destroy(snapshot.id)
 
     async def _forget(self, snapshot: Snapshot) -> None:
         self._snapshots.pop(snapshot.id, None)
@@ -372,21 +392,6 @@ class Snapshots:
             await self._catalogue.snapshots.drop(entry.key)
         except errors.BlksnapError as error:
             _log.error("%s", error)
-
-    def _unknown(self, status: SnapshotStatus) -> SnapshotEntry:
-        names = [self._registry.by_origin(image.origin) for image in status.images]
-        return SnapshotEntry(
-            key=status.snapshot,
-            devices=tuple(name for name in names if name is not None),
-            owner_uid=0,
-            description="found in the data path",
-            storage_path="",
-            storage_made="",
-            limit=status.limit,
-            created_at=status.taken_at or time.time_ns() // 1000,
-            holder="",
-            bus_id="",
-        )
 
 
 def _note_loss(entry: SnapshotEntry) -> None:

@@ -150,6 +150,9 @@ class Backend(Protocol):
     def info(self) -> BackendInfo:
         """What it can do now."""
 
+    def rank(self, device: Device) -> int:
+        """Return how good it is for a device, less being better; among those that can track it at all."""
+
     def refusal(self, device: Device) -> errors.BlksnapError | None:
         """Return why it cannot track this device now, as far as one can tell without trying; None if it can."""
 

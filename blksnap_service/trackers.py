@@ -108,7 +108,11 @@ class Registry:
         """The names of backends that can track a device now, best first."""
         if self._ours(device):
             return []
-        return [name for name, backend in self._backends.items() if backend.refusal(device) is None]
+        return [backend.info.name for backend in self._ranked(device) if backend.refusal(device) is None]
+
+    def choice(self, device: Device, backend: str) -> str:
+        """The name of the backend ``attach`` would use. Raises as ``attach``."""
+        return self._choose(device, backend).info.name
 
     async def attach(
         self,
@@ -155,6 +159,7 @@ class Registry:
             last_reset="",
             block_size=block_size,
             identity="",
+            stable_key=device.stable_key,
         )
         self.unwanted.discard(device.origin)
         before = self._catalogue.trackers.get(device.name)
@@ -328,11 +333,12 @@ class Registry:
                 known = ", ".join(self._backends)
                 raise errors.InvalidArgument(f"there is no backend {name!r} here; there is: {known}")
             return chosen
-        refusals = [backend.refusal(device) for backend in self._backends.values()]
-        for backend, refusal in zip(self._backends.values(), refusals, strict=True):
+        ranked = self._ranked(device)
+        refusals = [backend.refusal(device) for backend in ranked]
+        for backend, refusal in zip(ranked, refusals, strict=True):
             if refusal is None:
                 return backend
-        for backend, refusal in zip(self._backends.values(), refusals, strict=True):
+        for backend, refusal in zip(ranked, refusals, strict=True):
             # What one must do for the best one that could is more help than all that cannot be had.
             if (
                 backend.info.available
@@ -342,6 +348,9 @@ class Registry:
                 raise refusal
         reasons = "; ".join(str(refusal) for refusal in refusals)
         raise errors.NotSupported(f"nothing here can track {device.path} now: {reasons}")
+
+    def _ranked(self, device: Device) -> list[Backend]:
+        return sorted(self._backends.values(), key=lambda backend: backend.rank(device))
 
     def _ours(self, device: Device) -> str:
         """Return what a device is that is there because another one is tracked; empty for all others."""

@@ -19,6 +19,11 @@ class PlannedBackend:
         reason = "this version of blksnap does not have it yet"
         self.info = BackendInfo(name, False, reason, snapshots=snapshots, live_map=live_map, live_attach=True)
 
+    def rank(self, device: Device) -> int:
+        """Last."""
+        del device
+        return 9
+
     def refusal(self, device: Device) -> errors.BlksnapError:
         """Return the reason."""
         return errors.NotAvailable(f"{device.path} cannot be tracked by {self.info.name}: {self.info.reason}")

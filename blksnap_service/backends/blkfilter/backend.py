@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from blksnap_service import errors, sysblock
 from blksnap_service.backends.blkfilter import probe
@@ -121,6 +120,7 @@ class FilterBackend:
                 " their size itself; leave the option block-size out"
             )
         filtered = self._device(device.path, device.identity)
+        self._forget(device.origin)
         tracker = await to_the_end(
             lambda: self._attach(filtered, device.origin), lambda made: made.device.detach()
         )
@@ -154,8 +154,7 @@ class FilterBackend:
             await asyncio.to_thread(ours.device.detach)
         except (errors.NotFound, errors.NotTracked):
             _log.info("the filter on %s was gone before it was detached", ours.node)
-        self._trackers.pop(tracker.origin, None)
-        ours.close()
+        self._forget(tracker.origin)
 
     async def discover(self, known: Mapping[str, Identity]) -> list[tuple[Tracker, str]]:
         """Return the trackers of all devices the filter is on, whoever attached it."""
@@ -163,7 +162,10 @@ class FilterBackend:
         if self._found.generation is None:
             return []
         found: list[tuple[Tracker, str]] = []
-        for number in await asyncio.to_thread(sysblock.filtered, FILTER_NAME):
+        numbers = await asyncio.to_thread(sysblock.filtered, FILTER_NAME)
+        for origin in [one.origin for one in self.trackers() if one.identity.device not in numbers]:
+            self._forget(origin)
+        for number in numbers:
             path = sysblock.device_path(number)
             try:
                 found.append((await self._tracker_at(path, Identity(number, 0)), path))
@@ -179,8 +181,7 @@ class FilterBackend:
             return known
         device = self._device(path, identity)
         info, reason = await asyncio.to_thread(look, device)
-        if known is not None:
-            known.close()
+        self._forget(origin)
         self._trackers[origin] = FilterTracker(device, origin, reading_of(info, reason))
         return self._trackers[origin]
 
@@ -203,8 +204,7 @@ class FilterBackend:
         """Return all trackers that were made here."""
         return list(self._trackers.values())
 
-    def forget(self, origin: str) -> None:
-        """Drop a tracker whose device or filter is gone."""
+    def _forget(self, origin: str) -> None:
         if (tracker := self._trackers.pop(origin, None)) is not None:
             tracker.close()
 

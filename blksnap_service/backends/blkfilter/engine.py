@@ -152,11 +152,16 @@ class FilterEngine:
     async def status(self, snapshot: str) -> SnapshotStatus:
         """Make a reading. Raises ``errors.NotFound`` when the kernel does not have it any more."""
         record = self._record(snapshot)
-        if record.entry.kernel_id:
-            if record.entry.kernel_id not in await asyncio.to_thread(self._backend.control().collect):
-                await self._forget(record)
-                raise errors.NotFound(f"the kernel has no snapshot {snapshot} (any more)")
+        if not await self._is_held(record):
+            await self._forget(record)
+            raise errors.NotFound(f"the kernel has no snapshot {snapshot} (any more)")
         return await self._status(record)
+
+    async def _is_held(self, record: _Record) -> bool:
+        if self._backend.generation is None:
+            return False
+        held = await asyncio.to_thread(self._backend.control().collect)
+        return not record.entry.kernel_id or record.entry.kernel_id in held
 
     async def _status(self, record: _Record) -> SnapshotStatus:
         entry = record.entry
@@ -230,11 +235,8 @@ class FilterEngine:
                     await self._table.drop(entry.key)
         known = {record.entry.kernel_id for record in self._records.values()}
         await self._adopt([kernel_id for kernel_id in held if kernel_id not in known])
-        found = []
-        for record in list(self._records.values()):
-            if record.entry.kernel_id in held:
-                found.append(await self._status(record))
-        return found
+        records = list(self._records.values())
+        return [await self._status(record) for record in records if record.entry.kernel_id in held]
 
     async def _adopt(self, foreign: Sequence[str]) -> None:
         """Take note of snapshots others made, and of devices that came to those since."""

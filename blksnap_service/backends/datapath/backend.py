@@ -68,6 +68,10 @@ class DatapathBackend(ABC):
         """What it can do now."""
 
     @abstractmethod
+    def rank(self, device: Device) -> int:
+        """Return how good it is for a device, less being better."""
+
+    @abstractmethod
     def refusal(self, device: Device) -> errors.BlksnapError | None:
         """Return why it cannot track this device now, as far as one can tell without trying; None if it can."""
 

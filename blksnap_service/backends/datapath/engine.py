@@ -24,6 +24,8 @@ TAKE_TIMEOUT_MS = 10_000
 class DatapathEngine:
     """Snapshots of origins of the data path."""
 
+    name = "the data path"
+
     def __init__(self, datapath: Datapath) -> None:
         """Use a data path, which may come and go."""
         self._datapath = datapath

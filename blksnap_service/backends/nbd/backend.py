@@ -26,6 +26,11 @@ class NbdBackend(DatapathBackend):
         reason = self._datapath.trouble
         return BackendInfo("nbd", not reason, reason, snapshots=True, live_map=True, live_attach=False)
 
+    def rank(self, device: Device) -> int:
+        """After those that leave a block device one."""
+        del device
+        return 3
+
     def refusal(self, device: Device) -> errors.BlksnapError | None:
         """Return why not: no data path, read-only, mounted, not permitted."""
         if self._datapath.trouble:
