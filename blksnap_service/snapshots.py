@@ -100,11 +100,7 @@ class Snapshots:
                 raise errors.InvalidArgument(f"{device.path} is already part of the snapshot")
             if len(names) > MAX_DEVICES:
                 raise errors.LimitExceeded(f"a snapshot covers at most {MAX_DEVICES} devices")
-            if self._engine(names) is not snapshot.engine:
-                raise errors.NotSupported(
-                    f"{device.path} cannot be part of a snapshot that {snapshot.engine.name} takes: it is tracked by"
-                    f" {self._registry.get(device.name).entry.backend}"
-                )
+            self._engine(names)
             await self._note(snapshot, replace(snapshot.entry, devices=names))
 
     async def take(self, snapshot: Snapshot) -> None:

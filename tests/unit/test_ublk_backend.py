@@ -187,7 +187,7 @@ async def test_a_block_device_is_best_tracked_by_ublk(
         await attached(rig, device, "ublk")
 
 
-@pytest.mark.parametrize("name", ["blkfilter", "bpf"])
+@pytest.mark.parametrize("name", ["bpf"])
 async def test_what_is_not_written_yet_says_so(rig: Running, machine: Machine, name: str) -> None:
     """It is listed, not available, and refuses."""
     info = next(one for one in rig.service.registry.infos() if one.name == name)

@@ -177,7 +177,7 @@ class FilterBackend:
         origin = origin_name(path)
         known = self._trackers.get(origin)
         if known is not None and known.identity == identity:
-            await known.read()
+            # Not read: what is different from the last reading is for the registry to find, and to tell.
             return known
         device = self._device(path, identity)
         info, reason = await asyncio.to_thread(look, device)

@@ -19,8 +19,8 @@ from blksnap_service.backends.blkfilter.uapi import Event
 
 _log = logging.getLogger(__name__)
 
-TICKS: Final = 100
-"""How long one call waits: 0.1 s with 1000 ticks a second, 1 s with 100. So long may a destroy take."""
+TICKS: Final = 50
+"""How long one call waits: 50 ms with 1000 ticks a second, 0.5 s with 100. So long may a destroy take."""
 
 
 class EventThread:

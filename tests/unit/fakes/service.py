@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from blksnap_service.backends.blkfilter.backend import FilterBackend
+from blksnap_service.backends.blkfilter.probe import Sign
 from blksnap_service.catalogue import Catalogue
 from blksnap_service.datapath.process import Datapath
 from blksnap_service.devices import Device
@@ -122,7 +124,14 @@ class CountingService(Service):
 class Running:
     """A started service with everything around it that a test may want to touch."""
 
-    def __init__(self, directory: Path, fake: FakeDatapath, catalogue: Catalogue, blocks: Blocks) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        fake: FakeDatapath,
+        catalogue: Catalogue,
+        blocks: Blocks,
+        kernel_filter: FilterBackend,
+    ) -> None:
         self.directory = directory
         self.fake = fake
         self.catalogue = catalogue
@@ -131,7 +140,12 @@ class Running:
         self.storage = directory / "state" / "storage"
         self.storage.mkdir(exist_ok=True)
         self.service = CountingService(
-            catalogue, Datapath(fake.runtime_dir, Path("/bin/false")), self.blocks, self.storage, self.watcher
+            catalogue,
+            Datapath(fake.runtime_dir, Path("/bin/false")),
+            self.blocks,
+            self.storage,
+            self.watcher,
+            filter_backend=kernel_filter,
         )
 
     async def image(self, name: str = "disk.img", size: int = MIB) -> Device:
@@ -180,11 +194,19 @@ def nothing_left(rig: Running) -> bool:
 
 @contextlib.asynccontextmanager
 async def running_service(
-    directory: Path, fake: FakeDatapath, bus_id: str = BUS_ID, blocks: Blocks | None = None
+    directory: Path,
+    fake: FakeDatapath,
+    bus_id: str = BUS_ID,
+    blocks: Blocks | None = None,
+    kernel_filter: FilterBackend | None = None,
 ) -> AsyncIterator[Running]:
-    """Keep a service for as long as the block lasts; a second one in the same directory is a restart."""
+    """Keep a service for as long as the block lasts; a second one in the same directory is a restart.
+
+    Without a ``kernel_filter`` it is on a kernel that has none.
+    """
+    kernel_filter = kernel_filter or FilterBackend(look_around=lambda: Sign((), frozenset()))
     with Catalogue(directory / "state") as catalogue:
-        running = Running(directory, fake, catalogue, blocks or Blocks())
+        running = Running(directory, fake, catalogue, blocks or Blocks(), kernel_filter)
         try:
             await running.service.start(bus_id)
             follower = asyncio.create_task(running.service.run())
