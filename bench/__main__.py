@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.datapath_memory import datapath_memory
+from bench.filtermap import filter_map
 from bench.firsttouch import first_touch
 from bench.maps import maps
 from bench.nbd import nbd
@@ -31,7 +32,7 @@ from blksnap_service.errors import BlksnapError
 from blksnap_tui.errors import BlksnapError as ClientError
 from demo.programs import DemoError
 
-PARTS = ("nbd", "cow", "maps", "service", "memory")
+PARTS = ("nbd", "cow", "maps", "filter", "service", "memory")
 _BUILT = Path(__file__).resolve().parents[1] / "datapath" / "target" / "release" / "blksnap-datapath"
 
 
@@ -79,6 +80,8 @@ async def _measure(options: argparse.Namespace, directory: Path, figures: list[F
                 figures += await first_touch(binary, directory, options.rounds)
             case "maps":
                 figures += maps(options.rounds)
+            case "filter":
+                figures += await filter_map(directory, options.rounds)
             case "service":
                 figures += await service(directory, options.rounds)
             case "memory":

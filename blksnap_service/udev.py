@@ -38,7 +38,8 @@ _UDEV_S = 0.5
 """How long udevd has, after the kernel's event, to find out what a device is."""
 _EVENTS_AT_ONCE = 64
 _BUFFER_BYTES = 128 << 10
-_NEVER_ORIGINS = re.compile(r"(fd|mtdblock|zram)\d+|nbd\d+(p\d+)?")
+_NEVER_ORIGINS = re.compile(r"(fd|mtdblock|zram)\d+|nbd\d+(p\d+)?|blksnap-(image_)?\d+[:-]\d+")
+"""The last are images of the kernel filter."""
 
 
 class BlockDevices:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tests.vm.errors import VmError
-from tests.vm.kernels import SUITES
+from tests.vm.kernels import OWN, OWN_VARIABLE, SUITES
 from tests.vm.machine import DIED, TIMED_OUT, Disk, Guest, Machine
 from tests.vm.selection import inner_pytest
 
@@ -74,7 +74,9 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__, allow_abbrev=False)
-    parser.add_argument("kernel", choices=SUITES, help="which stock kernel")
+    parser.add_argument(
+        "kernel", choices=(*SUITES, OWN), help=f"which stock kernel, or {OWN}: that of ${OWN_VARIABLE}"
+    )
     parser.add_argument(
         "--memory", type=parse_size, default=4 << 30, metavar="SIZE", help="of the guest (4G)"
     )

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.vm.errors import VmError
+from tests.vm.kernels import OWN_VARIABLE
 from tests.vm.machine import DIED, TIMED_OUT, Guest, Machine
 from tests.vm.selection import guest_kernel, inner_pytest
 
 HERE = Path(__file__).parent
 REPORTS_VARIABLE = "BLKSNAP_VM_REPORTS"
 STARTED = "started"
+collect_ignore = [] if os.environ.get(OWN_VARIABLE) else ["test_blkfilter.py"]
 # Of one boot: what it may take at all, and for each test in it. A test that hangs is ended in the guest before that.
 BOOT_LIMIT_S = 600
 TEST_LIMIT_S = 60

@@ -65,6 +65,8 @@ def _busybox() -> list[Path]:
 def _module_files(kernel: Kernel) -> list[Path]:
     """The modules and what they need, in the order of loading; what is built in is left out."""
     files: dict[Path, None] = {}
+    if not (kernel.modules / "modules.dep").exists():
+        return []
     for module in MODULES:
         told = subprocess.run(
             ["modprobe", "-d", str(kernel.directory), "-S", kernel.release, "--show-depends", module],

@@ -27,6 +27,10 @@ SUITES = {
 }
 """What may be asked for, and where it is looked for, first match wins. 6.12 is the oldest kernel supported."""
 
+OWN = "own"
+OWN_VARIABLE = "BLKSNAP_TEST_KERNEL"
+"""Names a bzImage, e.g. of a kernel with the blksnap filter; its modules are beside it in `lib/modules`, or all built in."""
+
 # The image moved from linux-image to linux-binary in 7.0, the modules to linux-modules and modules.builtin to linux-base in
 # 7.2; before, linux-image has it all. Later releases keep the older names for packages without files.
 PACKAGES = ("linux-image", "linux-binary", "linux-modules", "linux-base")
@@ -57,11 +61,12 @@ class Kernel:
     series: str
     release: str
     directory: Path
+    own_image: Path | None = None
 
     @property
     def image(self) -> Path:
         """The bzImage."""
-        return self.directory / "vmlinuz"
+        return self.own_image or self.directory / "vmlinuz"
 
     @property
     def modules(self) -> Path:
@@ -75,10 +80,12 @@ def cache_directory() -> Path:
 
 
 def find_kernel(series: str) -> Kernel:
-    """The newest kernel of `series` in the cache; the newest there is, fetched, when there is none.
+    """The newest kernel of `series` in the cache; the newest there is, fetched, when there is none. `OWN`: that of the user.
 
     Raises VmError when the series is unknown or no kernel can be had.
     """
+    if series == OWN:
+        return _own_kernel()
     if series not in SUITES:
         raise VmError(f"no kernel {series}: there are {', '.join(SUITES)}")
     cache = cache_directory()
@@ -90,6 +97,26 @@ def find_kernel(series: str) -> Kernel:
             if (kernel := _cached(cache, series)) is None:
                 kernel = _fetch(cache, series)
     return kernel
+
+
+def _own_kernel() -> Kernel:
+    image = Path(os.environ.get(OWN_VARIABLE, ""))
+    try:
+        with image.open("rb") as file:
+            header = file.read(1 << 16)
+    except OSError as error:
+        raise VmError(f"{OWN_VARIABLE} names no kernel: {error}") from None
+    if header[0x202:0x206] != b"HdrS":
+        raise VmError(f"{image} is no bzImage")
+    # kernel_version (Documentation/arch/x86/boot.rst): where the release begins, less 512.
+    at = int.from_bytes(header[0x20E:0x210], "little") + 0x200
+    release = header[at:].split(b" ", 1)[0].split(b"\0", 1)[0].decode("ascii", "replace")
+    directory = image.resolve().parent
+    if not (directory / "lib/modules" / release).is_dir():
+        # Nothing to load. The guest wants a directory to mount all the same.
+        directory = cache_directory() / OWN
+        (directory / "lib/modules" / release).mkdir(parents=True, exist_ok=True)
+    return Kernel(OWN, release, directory, image.resolve())
 
 
 def _cached(cache: Path, series: str) -> Kernel | None:

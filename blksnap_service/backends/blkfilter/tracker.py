@@ -15,6 +15,7 @@ from blksnap_service import errors, sysblock
 from blksnap_service.backends.blkfilter import mapfile
 from blksnap_service.backends.blkfilter.kernel import FilteredDevice
 from blksnap_service.backends.blkfilter.mapfile import ReadMap, UntrustedMap
+from blksnap_service.backends.blkfilter.threads import to_the_end
 from blksnap_service.backends.blkfilter.uapi import CbtInfo
 from blksnap_service.cbt import View
 from blksnap_service.tracker import NOWHERE, OpenMap, TrackerReading
@@ -68,7 +69,8 @@ class FilterTracker:
         del view
         async with self._lock:
             try:
-                now = await asyncio.to_thread(mapfile.read, self.device, self._read_map)
+                before = self._read_map
+                now = await to_the_end(lambda: mapfile.read(self.device, before), self._drop_unused)
             except UntrustedMap as error:
                 _, reason = await asyncio.to_thread(look, self.device)
                 raise errors.GenerationChanged(
@@ -82,6 +84,10 @@ class FilterTracker:
             # Not noted: what is different from the last reading is for the registry to find, and to tell.
             reading = reading_of(now.info, self.last.reason, self._counters())
             return OpenMap(reading, View.TAKEN, 0, self._sequence, now.fd.dup())
+
+    def _drop_unused(self, made: ReadMap) -> None:
+        if made is not self._read_map:
+            made.fd.close()
 
     async def mark(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Mark validated byte ranges. Raises ``errors.InvalidState`` when the kernel does not trust its map."""
