@@ -98,7 +98,16 @@ class FilterSnapshotEntry:
     limit: int
 
 
-_E = TypeVar("_E", ImageEntry, TrackerEntry, SnapshotEntry, FilterSnapshotEntry)
+@dataclass(frozen=True, slots=True)
+class FilterDeviceEntry:
+    """What was in a device when the kernel filter was attached to it; ``key`` is the origin, ``diskseq`` is of that boot."""
+
+    key: str
+    boot_id: str
+    diskseq: int
+
+
+_E = TypeVar("_E", ImageEntry, TrackerEntry, SnapshotEntry, FilterSnapshotEntry, FilterDeviceEntry)
 
 
 def _parse(kind: type[_E], source: object) -> _E:
@@ -230,8 +239,12 @@ class Catalogue:
                 self.trackers = Table(state_dir / "trackers.json", TrackerEntry)
                 self.snapshots = Table(state_dir / "snapshots.json", SnapshotEntry)
                 self.filter_snapshots = Table(state_dir / "filter-snapshots.json", FilterSnapshotEntry)
-                for table in (self.images, self.trackers, self.snapshots, self.filter_snapshots):
-                    table.load()
+                self.filter_devices = Table(state_dir / "filter-devices.json", FilterDeviceEntry)
+                self.images.load()
+                self.trackers.load()
+                self.snapshots.load()
+                self.filter_snapshots.load()
+                self.filter_devices.load()
             except BlockingIOError as error:
                 raise errors.Busy(
                     f"another blksnapd runs on the state directory {state_dir}: use that one"

@@ -36,7 +36,7 @@ class KernelFilter:
     ) -> None:
         """``tell`` is called on the event loop."""
         self._catalogue = catalogue
-        self.backend = backend or FilterBackend()
+        self.backend = backend or FilterBackend(catalogue.filter_devices)
         self.engine = FilterEngine(self.backend, catalogue.filter_snapshots, tell)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from blksnap_service import errors, sysblock
 from blksnap_service.backends.blkfilter import probe
@@ -19,6 +20,7 @@ from blksnap_service.backends.blkfilter.probe import Found, Sign
 from blksnap_service.backends.blkfilter.threads import to_the_end
 from blksnap_service.backends.blkfilter.tracker import NAME, FilterTracker, look, reading_of
 from blksnap_service.backends.blkfilter.uapi import FILTER_NAME, Generation
+from blksnap_service.catalogue import FilterDeviceEntry, Table
 from blksnap_service.devices import Device, origin_name
 from blksnap_service.storage import Identity
 from blksnap_service.tracker import NOWHERE, Attached, BackendInfo, Placement, Tracker
@@ -31,17 +33,21 @@ class FilterBackend:
 
     def __init__(
         self,
+        table: Table[FilterDeviceEntry] | None = None,
         system: System | None = None,
         look_around: Callable[[], Sign] = probe.look,
         detect: Callable[[Sign], Found] = lambda sign: probe.detect(sign, probe.loop_device),
     ) -> None:
-        """Use ``system``; nothing is asked before ``refresh``."""
+        """Use ``system``; nothing is asked before ``refresh``. In ``table`` stands what the kernel does not keep."""
+        self._table = table
         self._system = system or RealSystem()
         self._look_around = look_around
         self._detect = detect
         self._sign: Sign | None = None
         self._found = Found(None, "it was not looked for yet")
         self._trackers: dict[str, FilterTracker] = {}
+        # What is attached meanwhile would be missing from a list made before.
+        self._lock = asyncio.Lock()
 
     @property
     def info(self) -> BackendInfo:
@@ -119,13 +125,15 @@ class FilterBackend:
                 f"{device.path} cannot be tracked by {NAME} in blocks of {block_size} bytes: the kernel filter chooses"
                 " their size itself; leave the option block-size out"
             )
-        filtered = self._device(device.path, device.identity)
-        self._forget(device.origin)
-        tracker = await to_the_end(
-            lambda: self._attach(filtered, device.origin), lambda made: made.device.detach()
-        )
-        tracker.begin_interval(await asyncio.to_thread(tracker.written_now))
-        self._trackers[device.origin] = tracker
+        async with self._lock:
+            filtered = await asyncio.to_thread(self._device, device.path, device.identity, 0)
+            tracker = await to_the_end(
+                lambda: self._attach(filtered, device.origin), lambda made: made.device.detach()
+            )
+            tracker.begin_interval(tracker.written_now())
+            self._forget(device.origin)
+            self._trackers[device.origin] = tracker
+            await self._note(tracker)
         return Attached(tracker, "attached")
 
     def _attach(self, device: FilteredDevice, origin: str) -> FilterTracker:
@@ -143,24 +151,33 @@ class FilterBackend:
         The kernel would do it, and the image would silently take over what is written then.
         """
         del last_reset, force
-        ours = self.tracker(tracker.origin)
-        try:
-            snapshot = await asyncio.to_thread(ours.device.snapshot_info)
-            if snapshot.image:
-                raise errors.Busy(
-                    f"{ours.node} cannot be detached: it is part of a snapshot (image /dev/{snapshot.image}), which would go"
-                    " wrong unnoticed; destroy that first"
-                )
-            await asyncio.to_thread(ours.device.detach)
-        except (errors.NotFound, errors.NotTracked):
-            _log.info("the filter on %s was gone before it was detached", ours.node)
-        self._forget(tracker.origin)
+        if not isinstance(tracker, FilterTracker):
+            raise errors.NotTracked(f"{tracker.origin} is not tracked by {NAME}")
+        async with self._lock:
+            try:
+                snapshot = await asyncio.to_thread(tracker.device.snapshot_info)
+                if snapshot.image:
+                    raise errors.Busy(
+                        f"{tracker.node} cannot be detached: it is part of a snapshot (image /dev/{snapshot.image}), which"
+                        " would go wrong unnoticed; destroy that first"
+                    )
+                await asyncio.to_thread(tracker.device.detach)
+            except (errors.NotFound, errors.NotTracked):
+                _log.info("the filter on %s was gone before it was detached", tracker.node)
+            self._forget(tracker.origin)
+            tracker.close()
+            if self._table is not None:
+                await self._table.drop(tracker.origin)
 
     async def discover(self, known: Mapping[str, Identity]) -> list[tuple[Tracker, str]]:
         """Return the trackers of all devices the filter is on, whoever attached it."""
         del known
         if self._found.generation is None:
             return []
+        async with self._lock:
+            return await self._discover()
+
+    async def _discover(self) -> list[tuple[Tracker, str]]:
         found: list[tuple[Tracker, str]] = []
         numbers = await asyncio.to_thread(sysblock.filtered, FILTER_NAME)
         for origin in [one.origin for one in self.trackers() if one.identity.device not in numbers]:
@@ -179,19 +196,32 @@ class FilterBackend:
         if known is not None and known.identity == identity:
             # Not read: what is different from the last reading is for the registry to find, and to tell.
             return known
-        device = self._device(path, identity)
+        entry = self._table.get(origin) if self._table is not None else None
+        noted = entry.diskseq if entry is not None and entry.boot_id == _boot_id() else 0
+        device = await asyncio.to_thread(self._device, path, identity, noted)
         info, reason = await asyncio.to_thread(look, device)
         self._forget(origin)
-        self._trackers[origin] = FilterTracker(device, origin, reading_of(info, reason))
-        return self._trackers[origin]
+        tracker = self._trackers[origin] = FilterTracker(device, origin, reading_of(info, reason))
+        await self._note(tracker)
+        return tracker
 
-    def _device(self, path: str, identity: Identity) -> FilteredDevice:
+    def _device(self, path: str, identity: Identity, diskseq: int) -> FilteredDevice:
+        """Return a device with the medium that is in it now, unless ``diskseq`` says which one was. Blocks."""
         generation = self._spoken()
         # Of a device-mapper device another table is no other medium.
-        diskseq = 0
-        if not sysblock.dm_name(identity.device):
+        if not diskseq and not sysblock.dm_name(identity.device):
             diskseq = FilteredDevice(self._system, generation, Target(path, identity)).diskseq()
         return FilteredDevice(self._system, generation, Target(path, identity, diskseq))
+
+    async def _note(self, tracker: FilterTracker) -> None:
+        """Write down which medium is tracked: it may be another one when the service comes back."""
+        if self._table is not None:
+            try:
+                await self._table.put(
+                    FilterDeviceEntry(tracker.origin, _boot_id(), tracker.device.target.diskseq)
+                )
+            except errors.BlksnapError as error:
+                _log.error("%s", error)
 
     def tracker(self, origin: str) -> FilterTracker:
         """Return the tracker of an origin. Raises ``errors.NotTracked``."""
@@ -213,3 +243,7 @@ class FilterBackend:
         for tracker in self._trackers.values():
             tracker.close()
         self._trackers.clear()
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -91,7 +91,7 @@ VAL7_MOD: Final = ior(_CONTROL, 32, 40)
 VAL7_SETLOG: Final = iow(_CONTROL, 33, 24)
 VAL7_APPEND_STORAGE: Final = iow(_CONTROL, 34, 40)
 
-EventKind = Literal["corrupted", "no-space", "low-free-space"]
+EventKind = Literal["corrupted", "no-space"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,8 @@ class Generation:
     """How much at the start of difference storage the kernel leaves unused."""
     quiet_sysfs: bool
     """Whether reading a device's ``filter`` in sysfs does not stop its queue."""
+    events: tuple[EventKind, ...]
+    """By code."""
 
     def attach_argument(self) -> bytearray:
         """The argument of an attach."""
@@ -117,16 +119,15 @@ class Generation:
 
     def event_kind(self, code: int) -> EventKind | None:
         """What an event is about; None for a code this generation has not."""
-        kinds: dict[int, EventKind] = {0: "corrupted", 1: "no-space"}
-        return kinds.get(code) if self.create_by_name else kinds.get(code) if code == 0 else None
+        return self.events[code] if code < len(self.events) else None
 
 
 _OLD_ATTACH: Final = iowr(_BLK, 140, NAME.size)
 _OLD_DETACH: Final = iowr(_BLK, 141, NAME.size)
 _OLD_CTL: Final = iowr(_BLK, 142, CTL.size)
 
-V6: Final = Generation("v6", _OLD_ATTACH, _OLD_DETACH, _OLD_CTL, NAME.size, False, 0, False)
-V7: Final = Generation("v7", _OLD_ATTACH, _OLD_DETACH, _OLD_CTL, NAME.size, True, 0, False)
+V6: Final = Generation("v6", _OLD_ATTACH, _OLD_DETACH, _OLD_CTL, NAME.size, False, 0, False, ("corrupted",))
+V7: Final = Generation("v7", _OLD_ATTACH, _OLD_DETACH, _OLD_CTL, NAME.size, True, 0, False, ("corrupted",))
 """Also the patch set for Linux 6.9: the interface is the same."""
 V615: Final = Generation(
     "6.15",
@@ -138,6 +139,7 @@ V615: Final = Generation(
     True,
     4096,
     True,
+    ("corrupted", "no-space"),
 )
 GENERATIONS: Final = (V6, V7, V615)
 
@@ -212,7 +214,7 @@ class Event:
     """Major and minor number, of "corrupted"."""
     errno: int = 0
     requested: int = 0
-    """Bytes, of the two about space."""
+    """Bytes, of "no-space"."""
 
 
 def parse_event(generation: Generation, data: bytes | bytearray) -> Event | None:

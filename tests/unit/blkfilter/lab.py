@@ -20,7 +20,7 @@ from blksnap_service.backends.blkfilter.backend import FilterBackend
 from blksnap_service.backends.blkfilter.engine import FilterEngine, SnapshotEvent
 from blksnap_service.backends.blkfilter.probe import Found, Sign
 from blksnap_service.backends.blkfilter.tracker import FilterTracker
-from blksnap_service.catalogue import FilterSnapshotEntry, Table
+from blksnap_service.catalogue import FilterDeviceEntry, FilterSnapshotEntry, Table
 from blksnap_service.cbt import View
 from blksnap_service.devices import Device
 from blksnap_service.engines import SnapshotStatus
@@ -54,7 +54,7 @@ class Lab(ABC):
     engine: FilterEngine
 
     @abstractmethod
-    def make_backend(self) -> FilterBackend:
+    def make_backend(self, table: Table[FilterDeviceEntry]) -> FilterBackend:
         """A backend over this kernel."""
 
     @abstractmethod
@@ -75,7 +75,9 @@ class Lab(ABC):
 
     async def start(self, state: str = "state") -> None:
         """Start the service's part, with its own state directory."""
-        self.backend = self.make_backend()
+        devices = Table(self.directory / f"{state}-devices.json", FilterDeviceEntry)
+        devices.load()
+        self.backend = self.make_backend(devices)
         await self.backend.refresh()
         table = Table(self.directory / f"{state}.json", FilterSnapshotEntry)
         table.load()
@@ -159,9 +161,9 @@ class ModelLab(Lab):
         self.kernel = ModelKernel(directory, generation)
         self._found = Found({one.name: one for one in uapi.GENERATIONS}[generation], "")
 
-    def make_backend(self) -> FilterBackend:
+    def make_backend(self, table: Table[FilterDeviceEntry]) -> FilterBackend:
         """Over the model."""
-        return FilterBackend(self.kernel, lambda: SIGN, lambda _: self._found)
+        return FilterBackend(table, self.kernel, lambda: SIGN, lambda _: self._found)
 
     def disk(self, size: int = SIZE) -> Device:
         """A file, and a disk of the model."""
@@ -192,9 +194,9 @@ class RealLab(Lab):
         super().__init__(directory)
         self._loops: dict[str, Path] = {}
 
-    def make_backend(self) -> FilterBackend:
+    def make_backend(self, table: Table[FilterDeviceEntry]) -> FilterBackend:
         """Over this kernel."""
-        return FilterBackend()
+        return FilterBackend(table)
 
     def disk(self, size: int = SIZE) -> Device:
         """A loop device."""

@@ -85,7 +85,7 @@ def backend_of(model: ModelLab, sign: list[Sign]) -> FilterBackend:
             Found(uapi.V615, "") if seen == SIGN else Found(None, "the kernel module blksnap is not loaded")
         )
 
-    return FilterBackend(model.kernel, lambda: sign[0], detect)
+    return FilterBackend(None, model.kernel, lambda: sign[0], detect)
 
 
 async def test_a_device_in_use_is_for_the_filter(here: Rig) -> None:

@@ -236,6 +236,20 @@ async def test_another_medium_in_the_device_is_noticed(model: ModelLab) -> None:
     assert await model.held() == []
 
 
+async def test_another_medium_is_noticed_by_the_next_service(model: ModelLab) -> None:
+    """It was changed while none ran."""
+    device = model.disk()
+    await model.attach(device)
+    await model.again()
+    ((same, _),) = await model.backend.discover({})
+    assert same.last.state == "tracking"
+    model.stop()
+    model.kernel.disks[device.number].diskseq += 1
+    await model.start()
+    ((other, _),) = await model.backend.discover({})
+    assert (other.last.state, "another medium" in other.last.reason) == ("broken", True)
+
+
 async def test_a_device_that_is_pulled_out_has_no_tracker(model: ModelLab) -> None:
     """And its image fails."""
     device = model.disk()

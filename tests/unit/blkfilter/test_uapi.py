@@ -134,3 +134,4 @@ def test_events() -> None:
         assert uapi.parse_event(generation, unknown) is None
     assert uapi.parse_event(V615, full) == Event("no-space", requested=1 << 20)
     assert uapi.parse_event(V6, full) is None
+    assert uapi.parse_event(V7, full) is None
