@@ -79,16 +79,18 @@ class FilterBackend:
     async def refresh(self) -> bool:
         """Look whether the module came or went; returns whether what can be said of it is different."""
         sign = await asyncio.to_thread(self._look_around)
-        if sign == self._sign:
+        if sign == self._sign and not self._found.passing:
             return False
         before = self._found
         self._found = await asyncio.to_thread(self._detect, sign)
         self._sign = sign
+        if self._found == before:
+            return False
         if self._found.generation is not None:
             _log.info("the kernel has the filter blksnap, generation %s", self._found.generation.name)
         elif sign.nodes or sign.classes:
             _log.warning("the kernel filter is not used: %s", self._found.reason)
-        return self._found != before
+        return True
 
     def rank(self, device: Device) -> int:
         """First for a device in use: nothing else can do without moving its users. For others a live map is better."""

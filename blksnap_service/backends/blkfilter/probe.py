@@ -43,6 +43,8 @@ class Found:
 
     generation: Generation | None
     reason: str
+    passing: bool = False
+    """Whether what was in the way may be gone the next time, although there is nothing else to see then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,8 @@ def _upstream(system: System, scratch: ScratchDevice, parameters: Path) -> Found
             new, old = (_answers(system, fd, number) for number in (V615.detach, V6.detach))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        return Found(
-            None, f"its generation cannot be told without a loop device, and there is none: {reason}"
-        )
+        what = f"its generation cannot be told without a loop device, and there is none: {reason}"
+        return Found(None, what, passing=True)
     if new == old:
         return Found(None, "the module blksnap is of a generation this version of blksnap does not know")
     pooled = (parameters / "free_diff_buffer_pool_size").exists()
@@ -155,7 +156,7 @@ def _old(system: System) -> Found:
                 return Found(V6, "")
             case _:
                 reason = (error.strerror or str(error)).lower()
-                return Found(None, f"{control.NODE} cannot be used: {reason}")
+                return Found(None, f"{control.NODE} cannot be used: {reason}", passing=True)
     return Found(None, "the module blksnap accepts difference storage that cannot be; it is left alone")
 
 

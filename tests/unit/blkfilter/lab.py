@@ -10,14 +10,17 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+from blksnap_service import errors
 from blksnap_service.backends.blkfilter import probe, uapi
 from blksnap_service.backends.blkfilter.backend import FilterBackend
 from blksnap_service.backends.blkfilter.engine import FilterEngine, SnapshotEvent
+from blksnap_service.backends.blkfilter.kernel import FilteredDevice, RealSystem, Target
 from blksnap_service.backends.blkfilter.probe import Found, Sign
 from blksnap_service.backends.blkfilter.tracker import FilterTracker
 from blksnap_service.catalogue import FilterDeviceEntry, FilterSnapshotEntry, Table
@@ -230,7 +233,17 @@ class RealLab(Lab):
         control = backend.control()
         for snapshot in control.collect():
             control.destroy(snapshot)
+        assert backend.generation is not None
         for path in self._loops:
+            target = Target(path, Identity(Path(path).stat().st_rdev, 0))
+            device = FilteredDevice(RealSystem(), backend.generation, target)
+            with contextlib.suppress(errors.BlksnapError):
+                # Threads of a service that has ended may still wait for events, and keep images for that long.
+                end = time.monotonic() + 10
+                while device.snapshot_info().image and time.monotonic() < end:
+                    time.sleep(0.05)
+                # It would stay on the loop device, and be there when that is used again.
+                device.detach()
             with contextlib.suppress(subprocess.CalledProcessError):
                 _run("losetup", "--detach", path)
 

@@ -12,12 +12,23 @@ import pytest
 
 from blksnap_service import sysblock
 from blksnap_service.backends.blkfilter import probe, uapi
+from blksnap_service.backends.blkfilter.backend import FilterBackend
 from blksnap_service.backends.blkfilter.kernel import RealSystem
 from blksnap_service.backends.blkfilter.probe import Found, Sign
 from blksnap_service.fds import OwnedFd
 from tests.unit.blkfilter.model import ModelKernel
 
 UPSTREAM = Sign((("blksnap-control", 1),), frozenset())
+
+
+async def test_what_was_in_the_way_is_tried_again(tmp_path: Path) -> None:
+    """The module loop may be loaded later, which nothing of the filter shows."""
+    found = [Found(None, "no loop device", passing=True), Found(uapi.V615, ""), Found(None, "asked again")]
+    kernel = ModelKernel(tmp_path)
+    backend = FilterBackend(None, kernel, lambda: UPSTREAM, lambda _: found.pop(0))
+    assert [await backend.refresh() for _ in range(3)] == [True, True, False]
+    assert backend.generation == uapi.V615
+    kernel.close()
 
 
 @contextlib.contextmanager
