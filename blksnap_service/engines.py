@@ -67,5 +67,8 @@ class SnapshotEngine(Protocol):
     async def destroy(self, snapshot: str) -> None:
         """End it. Raises ``errors.NotFound`` when there is none."""
 
+    def may_hold(self, snapshot: str) -> bool:
+        """Return whether it may have one that ``discover`` cannot find now."""
+
     async def discover(self) -> list[SnapshotStatus]:
         """Return all there are."""

@@ -57,9 +57,8 @@ class KernelFilter:
             snapshots.low_space(event.snapshot, event.used, event.limit)
 
     async def look_around(self, registry: Registry, adopt_running: Callable[[], Awaitable[None]]) -> None:
-        """Find devices others attached it to. Not in generations that stop a device to be asked for its filter."""
-        generation = self.backend.generation
-        if generation is not None and generation.quiet_sysfs:
+        """Find devices others attached it to, and what they did since."""
+        if self.backend.is_to_be_searched:
             await adopt_running()
         await self.follow_takes(registry)
 

@@ -175,7 +175,8 @@ class Snapshots:
                     known.entry = replace(known.entry, devices=self._names(status))
                     self._update(known, status)
         for entry in self._catalogue.snapshots:
-            if entry.key not in self._snapshots and entry.key not in self._making:
+            hoped_for = any(engine.may_hold(entry.key) for engine in self._engines.values())
+            if entry.key not in self._snapshots and entry.key not in self._making and not hoped_for:
                 _note_loss(entry)
                 await self._drop(entry)
 

@@ -48,6 +48,7 @@ class FilterBackend:
         self._trackers: dict[str, FilterTracker] = {}
         # What is attached meanwhile would be missing from a list made before.
         self._lock = asyncio.Lock()
+        self._met_another = False
 
     @property
     def info(self) -> BackendInfo:
@@ -63,9 +64,9 @@ class FilterBackend:
         return self._found.generation
 
     @property
-    def system(self) -> System:
-        """Where calls go."""
-        return self._system
+    def is_hoped_for(self) -> bool:
+        """Whether there may be one although it cannot be used now."""
+        return self._found.passing
 
     def control(self) -> Control:
         """The control node. Raises ``errors.NotAvailable``."""
@@ -114,6 +115,15 @@ class FilterBackend:
             )
         return None
 
+    @property
+    def is_to_be_searched(self) -> bool:
+        """Whether to look for filters others attached.
+
+        Always, but in generations that stop a device to be asked for its filter: there only when one was found.
+        """
+        generation = self._found.generation
+        return generation is not None and (generation.quiet_sysfs or self._met_another)
+
     async def attach(self, device: Device, block_size: int, before: Placement = NOWHERE) -> Attached:
         """Attach the filter. Raises what ``refusal`` returns, ``errors.AlreadyTracked`` (by another program), ``errors.Busy``.
 
@@ -129,10 +139,13 @@ class FilterBackend:
             )
         async with self._lock:
             filtered = await asyncio.to_thread(self._device, device.path, device.identity, 0)
-            tracker = await to_the_end(
-                lambda: self._attach(filtered, device.origin), lambda made: made.device.detach()
-            )
-            tracker.begin_interval(tracker.written_now())
+            try:
+                tracker = await to_the_end(
+                    lambda: self._attach(filtered, device.origin), lambda made: made.device.detach()
+                )
+            except errors.AlreadyTracked:
+                self._met_another = True
+                raise
             self._forget(device.origin)
             self._trackers[device.origin] = tracker
             await self._note(tracker)
@@ -142,10 +155,12 @@ class FilterBackend:
         device.attach()
         try:
             info, reason = look(device)
-            return FilterTracker(device, origin, reading_of(info, reason))
+            tracker = FilterTracker(device, origin, reading_of(info, reason))
+            tracker.begin_interval(tracker.written_now(), info)
         except BaseException:
             device.detach()
             raise
+        return tracker
 
     async def detach(self, tracker: Tracker, last_reset: str, *, force: bool) -> None:
         """Take the filter off. Raises ``errors.Busy`` while it is part of a snapshot, forced or not.
@@ -180,6 +195,7 @@ class FilterBackend:
             return await self._discover()
 
     async def _discover(self) -> list[tuple[Tracker, str]]:
+        self._met_another = False
         found: list[tuple[Tracker, str]] = []
         numbers = await asyncio.to_thread(sysblock.filtered, FILTER_NAME)
         for origin in [one.origin for one in self.trackers() if one.identity.device not in numbers]:

@@ -131,7 +131,6 @@ class FilterEngine:
                     raise errors.InvalidState("the storage of the snapshot is gone: destroy it")
                 kernel_id = await self._create(control, record.storage)
             try:
-                written = {tracker.origin: tracker.written_now() for tracker in trackers}
                 resets = await to_the_end(
                     lambda: _take(control, kernel_id, trackers, record.storage), lambda _: None
                 )
@@ -144,8 +143,6 @@ class FilterEngine:
                 await to_the_end(lambda: _undo(control, kernel_id), lambda _: None)
                 raise
             record.entry = entry
-            for tracker in trackers:
-                tracker.begin_interval(written[tracker.origin])
         self._listen(record)
         return resets
 
@@ -216,6 +213,10 @@ class FilterEngine:
             self._listen(record)
             raise
         await self._forget(record)
+
+    def may_hold(self, snapshot: str) -> bool:
+        """Whether the kernel may have it, although that cannot be told now."""
+        return self._table.get(snapshot) is not None and self._backend.is_hoped_for
 
     async def discover(self) -> list[SnapshotStatus]:
         """Return all of the kernel's snapshots, adopting those made by others, and those made before it took none."""
@@ -333,6 +334,7 @@ def _take(
             raise errors.Busy(
                 f"{tracker.node} is part of {which} snapshot of the kernel filter already: destroy that first"
             )
+    written = {tracker.origin: tracker.written_now() for tracker in trackers}
     control.take(kernel_id)
     resets = {}
     for tracker in trackers:
@@ -343,7 +345,9 @@ def _take(
             )
         if info.errno:
             raise errors.Corrupted(f"{tracker.node}: {failure_of(info.errno)}")
-        if reason := take_reason(before[tracker.origin], tracker.device.info()):
+        after = tracker.device.info()
+        tracker.begin_interval(written[tracker.origin], after)
+        if reason := take_reason(before[tracker.origin], after):
             resets[tracker.origin] = reason
     return resets
 

@@ -41,6 +41,7 @@ class FilterTracker:
         self.last = reading
         self._marks = 0
         self._baseline: tuple[int, ...] | None = None
+        self._baseline_of = ("", 0)
         self._read_map: ReadMap | None = None
         self._sequence = 0
         self._lock = asyncio.Lock()
@@ -58,7 +59,7 @@ class FilterTracker:
     async def read(self) -> TrackerReading:
         """Make a reading. Raises ``errors.NotFound`` when the device has no filter of blksnap (any more)."""
         info, reason = await asyncio.to_thread(look, self.device)
-        self.last = reading_of(info, reason, self._counters())
+        self.last = reading_of(info, reason, self._counters(info))
         return self.last
 
     async def open_map(self, view: View) -> OpenMap:
@@ -82,7 +83,7 @@ class FilterTracker:
                 self._read_map = now
                 self._sequence += 1
             # Not noted: what is different from the last reading is for the registry to find, and to tell.
-            reading = reading_of(now.info, self.last.reason, self._counters())
+            reading = reading_of(now.info, self.last.reason, self._counters(now.info))
             return OpenMap(reading, View.TAKEN, 0, self._sequence, now.fd.dup())
 
     def _drop_unused(self, made: ReadMap) -> None:
@@ -109,9 +110,10 @@ class FilterTracker:
             f"the kernel filter on {self.node} goes by its new size from the next snapshot on, with a new history"
         )
 
-    def begin_interval(self, written: tuple[int, ...] | None) -> None:
-        """From here on what is written counts as after the last take; ``written`` is what ``written_now`` gave before it."""
+    def begin_interval(self, written: tuple[int, ...] | None, taken: CbtInfo) -> None:
+        """Count what is written from a take on; ``written`` is what ``written_now`` gave before it."""
         self._baseline = written
+        self._baseline_of = (taken.generation, taken.changes)
 
     def written_now(self) -> tuple[int, ...] | None:
         """What the device counts; None when it does not. Blocks shortly."""
@@ -120,11 +122,12 @@ class FilterTracker:
         except (OSError, ValueError):
             return None
 
-    def _counters(self) -> Mapping[str, int]:
+    def _counters(self, info: CbtInfo) -> Mapping[str, int]:
         now = self.written_now()
         counters = {"marks": self._marks}
-        if now is not None and self._baseline is not None:
-            # Where nobody knows what there was at the last take (another process took it) nothing is said.
+        # Where nobody knows what there was at the last take (another program took it) nothing is said.
+        is_ours = self._baseline_of == (info.generation, info.changes)
+        if is_ours and now is not None and self._baseline is not None:
             since = (f"{name}_since_take" for name in COUNTED)
             counters |= zip(
                 since, (max(0, b - a) for a, b in zip(self._baseline, now, strict=True)), strict=True

@@ -61,6 +61,9 @@ async def test_what_is_written_since_the_take_is_counted(lab: Lab) -> None:
     lab.write(device, BLOCK, 8192)
     assert (await tracker.read()).counters["written_bytes_since_take"] == 8192
     await lab.engine.destroy(ONE)
+    # Nobody noted what there was when another program took.
+    await lab.take_elsewhere(tracker)
+    assert "written_bytes_since_take" not in (await tracker.read()).counters
 
 
 async def test_every_range_of_a_list_is_marked(lab: Lab) -> None:

@@ -281,6 +281,27 @@ async def test_a_restart_finds_all_as_it_was(
         await again.service.snapshots.destroy(one)
 
 
+async def test_a_snapshot_is_not_lost_while_the_kernel_cannot_be_asked(
+    here: Rig, tmp_path: Path, sign: list[Sign], fake: FakeDatapath
+) -> None:
+    """What was missing comes back: then it is found, its owner's."""
+    device = here.disk("/srv")
+    await here.tracked(device)
+    snapshot = await here.service.snapshots.create([device], here.request())
+    await _end(here)
+    blocks = Blocks()
+    blocks.devices[device.name] = device
+    found = [Found(None, "no loop device", passing=True), Found(uapi.V615, "")]
+    backend = FilterBackend(None, here.model.kernel, lambda: SIGN, lambda _: found.pop(0))
+    async with running_service(tmp_path, fake, blocks=blocks, kernel_filter=backend) as again:
+        assert not list(again.service.snapshots)
+        await again.service._look_for_backends()
+        await again.service.collect()
+        (one,) = again.service.snapshots
+        assert (one.entry, one.state) == (snapshot.entry, "taken")
+        await again.service.snapshots.destroy(one)
+
+
 async def _end(here: Rig) -> None:
     here.service.close()
     here.running.catalogue.__exit__(None, None, None)

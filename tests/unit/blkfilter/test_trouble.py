@@ -54,6 +54,18 @@ async def test_an_attach_that_fails_says_why(
     await model.attach(device)
 
 
+async def test_a_filter_of_another_program_is_searched_for_when_it_is_met(model: ModelLab) -> None:
+    """In generations that stop every device to be asked for its filter not before."""
+    device = model.disk()
+    assert model.backend.is_to_be_searched == (model.kernel.generation == "6.15")
+    await model.attach(device)
+    await model.start("another")
+    with pytest.raises(errors.AlreadyTracked):
+        await model.attach(device)
+    assert model.backend.is_to_be_searched
+    assert len(await model.backend.discover({})) == 1
+
+
 async def test_an_attach_whose_map_cannot_be_read_is_undone(model: ModelLab) -> None:
     """No filter stays behind that nobody knows of."""
     device = model.disk()
