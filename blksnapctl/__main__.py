@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--block-size", type=size, default=0, metavar="SIZE", help="4K to 64M, a power of two")
     one.add_argument("--persistent", action="store_true", help="attach again at boot")
 
-    one = verb("detach", commands.detach, "stop tracking a device; its history ends", device)
+    one = verb("detach", commands.detach, "stop tracking a device", device)
     one.add_argument("--force", action="store_true", help="also with clients or snapshots")
 
     _snapshot_verbs(verbs, common)

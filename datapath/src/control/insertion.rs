@@ -26,9 +26,14 @@ pub struct Insertion {
 impl Insertion {
     /// Makes the second device; the origin is its descriptor. The live device is not touched yet.
     ///
-    /// Raised (invalid) for a device that cannot be got under, (exists) when we are under it already.
+    /// Raised (invalid) for a device that cannot be got under, (busy) for one that must not be in use to be tracked,
+    /// (exists) when we are under it already.
     pub fn prepare(dm: &Arc<Dm>, name: &str) -> Result<(Self, File)> {
-        let refuse = |why: String| Err(Refusal::invalid(format!("getting under {name}: {why}")));
+        let refuse = |why: String| {
+            Err(Refusal::invalid(format!(
+                "no tracker can get under /dev/mapper/{name}: {why}"
+            )))
+        };
         if name.len() > LONGEST {
             return refuse(format!("its name is longer than {LONGEST} characters"));
         }
@@ -46,15 +51,12 @@ impl Insertion {
             )));
         }
         let table = dm.table(name).map_err(look)?;
-        match table.unmovable() {
-            Some("multipath") => {
-                return refuse(
-                    "it is a multipath device, which takes no other kind of table; use a partition or volume on it"
-                        .into(),
-                )
-            }
-            Some(kind) => return refuse(format!("its {kind:?} target cannot be moved to another device")),
-            None => {}
+        if let Some(kind) = table.unmovable() {
+            let reason = match kind {
+                "multipath" => "it is a multipath device, which can be no other kind of device meanwhile".into(),
+                kind => format!("it has a {kind:?} target, which keeps a state of its own and is there only once"),
+            };
+            return Err(must_not_be_in_use(name, &reason));
         }
         let under = format!("{name}{SUFFIX}");
         let uuid = format!("{PREFIX}{UNDER}{name}");
@@ -70,8 +72,10 @@ impl Insertion {
         // ENOKEY: the key of a LUKS device is in a keyring that only cryptsetup could read.
         let under_device = make(dm, &under, &uuid, &table, false, Udev::Hide).map_err(|refusal| {
             if refusal.errno == Some(libc::ENOKEY) {
-                let why = "its key is kept in a keyring; open it with cryptsetup --disable-keyring";
-                return Refusal::invalid(format!("getting under {name}: {why}"));
+                let reason =
+                    "its key is in a keyring that nobody but cryptsetup could read (not so when it is opened with \
+                              cryptsetup --disable-keyring)";
+                return must_not_be_in_use(name, reason);
             }
             refusal
         })?;
@@ -121,6 +125,14 @@ impl Insertion {
         let node = Node::inserted(Arc::clone(&self.dm), name, self.live.device, self.under.clone(), front);
         Ok(node)
     }
+}
+
+/// Nobody can get under it; over it one can, and that becomes what is mounted.
+fn must_not_be_in_use(name: &str, reason: &str) -> Refusal {
+    Refusal::busy(format!(
+        "/dev/mapper/{name} is in use, and no tracker can get under it: {reason}. Unmount it or stop what uses it, attach \
+         it, and mount the Node of its tracker instead"
+    ))
 }
 
 impl Drop for Insertion {

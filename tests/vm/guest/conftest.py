@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.guest import devices, system
+from tests.nbd.datapath import Datapath
+from tests.vm.guest import devices, system, ublk
 from tests.vm.selection import wanted_kernels
 
 
@@ -32,6 +33,14 @@ def rules() -> Iterator[None]:
     system.install_rules()
     with devices.udevd():
         yield
+
+
+@pytest.fixture
+def datapath() -> Iterator[Datapath]:
+    """A running data path, with device-mapper loaded."""
+    devices.modprobe("dm-mod")
+    with ublk.datapath() as running:
+        yield running
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 from blksnap_service.bus.paths import DEVICE, TRACKER, device_path
 from tests.bus import daemons
-from tests.bus.daemons import Bus, Client, Daemon, client
+from tests.bus.daemons import Bus, Client, Daemon, client, scratch
 from tests.vm.guest import devices
 from tests.vm.machine import TREE
 
@@ -57,6 +57,17 @@ def start(directory: Path) -> Rig:
     rig = Rig(directory)
     asyncio.run(rig.daemon.start())
     return rig
+
+
+@contextlib.contextmanager
+def service() -> Iterator[Rig]:
+    """A service for as long as the block lasts."""
+    with scratch() as directory:
+        one = start(directory)
+        try:
+            yield one
+        finally:
+            one.end()
 
 
 def install_rules() -> None:

@@ -17,14 +17,6 @@ SIZE = 64 * MIB
 
 
 @pytest.fixture
-def datapath() -> Iterator[Datapath]:
-    """A running data path, with device-mapper loaded."""
-    devices.modprobe("dm-mod")
-    with ublk.datapath() as running:
-        yield running
-
-
-@pytest.fixture
 def live() -> Iterator[Path]:
     """A logical volume on a RAM disk."""
     with devices.brd(128 * MIB) as disk, devices.lvm_lv(disk, SIZE) as volume:

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from blksnap_service.bus.paths import DEVICE, TRACKER, device_path
-from tests.bus.daemons import scratch
 from tests.vm.guest import devices
 from tests.vm.guest.system import (
     FOLLOW_S,
@@ -30,7 +29,7 @@ from tests.vm.guest.system import (
     load,
     make_ext4,
     make_partitions,
-    start,
+    service,
     there,
     written,
 )
@@ -50,12 +49,8 @@ def source(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="class")
 def rig(source: str) -> Iterator[Rig]:
     """A running service."""
-    with scratch() as directory:
-        one = start(directory)
-        try:
-            yield one
-        finally:
-            one.end()
+    with service() as one:
+        yield one
 
 
 class TestFollowing:

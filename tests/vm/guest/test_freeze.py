@@ -3,7 +3,6 @@
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,6 @@ from tests.vm.guest.ublk import MIB
 SIZE = 64 * MIB
 XFS_SIZE = 320 * MIB
 """mkfs.xfs makes none below 300 MiB."""
-
-
-@pytest.fixture
-def datapath() -> Iterator[Datapath]:
-    """A running data path, with device-mapper loaded."""
-    devices.modprobe("dm-mod")
-    with ublk.datapath() as running:
-        yield running
 
 
 def writes_to(directory: Path) -> None:
