@@ -91,11 +91,20 @@ class Daemon:
 
     async def start(self) -> None:
         """Start it and wait until it has its name on the bus."""
+        self.launch()
+        await self.ready()
+
+    def launch(self) -> None:
+        """Start it."""
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
+            self.process = subprocess.Popen(
                 self.words, stdin=subprocess.DEVNULL, stderr=log, cwd="/", env=environment
             )
+
+    async def ready(self) -> None:
+        """Wait until it has its name on the bus."""
+        assert self.process is not None
         async with asyncio.timeout(START_S):
             while "ready on" not in self.said():
                 assert self.process.poll() is None, self.said()

@@ -25,6 +25,7 @@ collect_ignore = [] if os.environ.get(OWN_VARIABLE) else ["test_blkfilter.py"]
 # Of one boot: what it may take at all, and for each test in it. A test that hangs is ended in the guest before that.
 BOOT_LIMIT_S = 600
 TEST_LIMIT_S = 60
+LONG_TEST_LIMIT_S = 600
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -96,8 +97,11 @@ class _Host:
             for item in first.session.items
             if _is_guest_item(item) and _kernel(item) == kernel and item.nodeid not in self._reports
         }
+        limit_s = BOOT_LIMIT_S + sum(
+            LONG_TEST_LIMIT_S if item.get_closest_marker("long") else TEST_LIMIT_S for item in items.values()
+        )
         try:
-            why, reports = self._run(kernel, list(items))
+            why, reports = self._run(kernel, list(items), limit_s)
         except VmError as error:
             why, reports = str(error), {}
         if not reports:
@@ -112,10 +116,12 @@ class _Host:
             self._reports[culprit] = [*reports[culprit], _failure(items[culprit], why)]
             self._reports.setdefault(first.nodeid, [_failure(first, why)])
 
-    def _run(self, kernel: str, nodeids: Sequence[str]) -> tuple[str, dict[str, list[pytest.TestReport]]]:
+    def _run(
+        self, kernel: str, nodeids: Sequence[str], limit_s: float
+    ) -> tuple[str, dict[str, list[pytest.TestReport]]]:
         """What to say of tests without a report, and the reports by node id in the order in which the tests began."""
-        command = inner_pytest(["-q", "--no-header", "--no-summary", "@/run/vm/tests"])
-        machine = Machine(kernel, time_limit_s=BOOT_LIMIT_S + TEST_LIMIT_S * len(nodeids))
+        command = inner_pytest(["-q", "--no-header", "--no-summary", "-m", "vm", "@/run/vm/tests"])
+        machine = Machine(kernel, time_limit_s=limit_s)
         guest = Guest(machine, command, {REPORTS_VARIABLE: "/run/vm/reports"})
         (guest.directory / "tests").write_text("".join(f"{nodeid}\n" for nodeid in nodeids))
         with guest:

@@ -97,7 +97,6 @@ class Guest:
     def __enter__(self) -> Self:
         variables = {
             "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
             KERNEL_VARIABLE: self.machine.series,
             **self._environment,

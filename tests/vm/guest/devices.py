@@ -84,10 +84,11 @@ def null_blk(
     block_size: int = 512,
     queues: int = 1,
     badblocks: str = "",
+    zoned: bool = False,
 ) -> Iterator[Path]:
     """A memory-backed null_blk.
 
-    `cache_bytes` makes it a device with a volatile write cache; `badblocks` is a range of sectors, `+FIRST-LAST`, that
+    `zoned` makes it one of sequential zones, `cache_bytes` makes it a device with a volatile write cache; `badblocks` is a range of sectors, `+FIRST-LAST`, that
     answer EIO (Documentation/block/null_blk.rst).
     """
     modprobe("configfs")
@@ -106,6 +107,7 @@ def null_blk(
             "discard": int(discard),
             "cache_size": cache_bytes >> 20,
             "badblocks": badblocks,
+            **({"zoned": 1, "zone_size": 4} if zoned else {}),
         }
         for attribute, value in attributes.items():
             if value != "":

@@ -187,6 +187,31 @@ async def test_a_read_only_disk_is_refused(disk: Path, user: Client) -> None:
         devices.run("blockdev", "--setrw", str(disk))
 
 
+async def test_a_zoned_disk_is_refused(user: Client) -> None:
+    """It is not to be written in any order."""
+    with devices.null_blk(SIZE, zoned=True) as disk:
+        await listed(user, disk)
+        with refused("NotSupported", "zoned"):
+            await attach(user, disk, backend=UBLK)
+
+
+async def test_a_disk_with_a_mounted_partition_is_refused(user: Client, directory: Path) -> None:
+    """And the partition itself, with where it is mounted and what to do; unmounted the partition can be tracked."""
+    with devices.null_blk(SIZE) as disk:
+        devices.run("addpart", str(disk), "1", str(MIB // 512), str((SIZE - 2 * MIB) // 512))
+        partition = devices.wait_for(Path(f"{disk}p1"))
+        await listed(user, partition)
+        devices.run("mkfs.ext4", "-q", str(partition))
+        with mounted(partition, directory / "mnt") as target:
+            with refused("Busy", rf"{partition} is in use, it is mounted on {target}.*mount the Node"):
+                await attach(user, partition)
+            with refused("Busy", rf"its partition {partition.name} is mounted on {target}"):
+                await attach(user, disk)
+        tracked = await attach(user, partition)
+        assert await tracked.get("Capacity") == SIZE - 2 * MIB
+        await tracked.detach()
+
+
 async def test_the_node_is_no_device_of_its_own(tracked: TrackedDevice, directory: Path) -> None:
     """It leads to the disk it belongs to, and neither it nor an image is tracked; storage on it is refused."""
     assert await resolve(tracked.user, tracked.node) == tracked.path

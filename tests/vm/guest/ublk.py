@@ -3,6 +3,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import mmap
 import os
@@ -10,17 +11,20 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.nbd.control import Control, opened
 from tests.nbd.datapath import Datapath, Maps, Origin, Snapshot
+from tests.nbd.load import Work
 from tests.vm.guest import devices
 
 MIB = 1 << 20
 STEP = 4 * MIB
+STORAGE_BYTES = 128 * MIB
+"""For a snapshot of the largest origin; an eighth of it is allocated at once, which takes its time under emulation."""
 
 
 @contextlib.contextmanager
@@ -68,7 +72,7 @@ def track(running: Datapath, device: Path, **options: Any) -> Tracked:
 
 
 def take(
-    *tracked: Tracked, storage_bytes: int = 512 * MIB, writable: bool = False
+    *tracked: Tracked, storage_bytes: int = STORAGE_BYTES, writable: bool = False
 ) -> tuple[Snapshot, list[Path]]:
     """Take all of them at once; the snapshot and the nodes of its images."""
     running = tracked[0].datapath
@@ -103,11 +107,17 @@ def write(node: Path, offset: int, data: bytes, *, sync: bool = False) -> None:
 def differing(before: bytes, after: bytes, block_size: int) -> set[int]:
     """The blocks in which two contents of one size differ."""
     assert len(before) == len(after)
-    blocks = range(0, len(before), block_size)
+
+    def unequal(start: int, end: int, step: int) -> Iterator[int]:
+        places = range(start, min(end, len(before)), step)
+        return (at for at in places if before[at : at + step] != after[at : at + step])
+
+    # Most of it is the same: large pieces first.
+    large = max(block_size, MIB)
     return {
-        number
-        for number, start in enumerate(blocks)
-        if before[start : start + block_size] != after[start : start + block_size]
+        at // block_size
+        for piece in unequal(0, len(before), large)
+        for at in unequal(piece, piece + large, block_size)
     }
 
 
@@ -127,6 +137,19 @@ def await_writes(tracked: Tracked, count: int) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"fewer than {count} writes in a minute")
         time.sleep(0.02)
+
+
+def verifying(target: Path, size_bytes: int) -> Work:
+    """Return a work that writes ``target`` at random, and reads and compares all it wrote, again and again."""
+
+    def work(stopping: Callable[[], bool]) -> None:
+        for seed in itertools.count():
+            # Polite: who is killed under it is to come back soon.
+            fio("verified", *verified_writes(target, size_bytes, f"--randseed={seed}", "--nice=19"))
+            if stopping():
+                return
+
+    return work
 
 
 @contextlib.contextmanager
