@@ -37,6 +37,7 @@ from blksnap_service.storage import Identity
 from blksnap_service.tracker import Backend, Tracker
 from blksnap_service.trackers import Registry
 from blksnap_service.udev import BlockDevices
+from blksnap_service.work import Work
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +126,14 @@ class Service:
         self._filter.close()
 
     async def attach(
-        self, device: Device, *, owner_uid: int, backend: str, block_size: int, persistent: bool
+        self,
+        device: Device,
+        *,
+        owner_uid: int,
+        backend: str,
+        block_size: int,
+        persistent: bool,
+        work: Work | None = None,
     ) -> None:
         """Attach a tracker, after every boot too if ``persistent``. Raises as ``Registry.attach``."""
         await self._look_for_backends()
@@ -133,7 +141,12 @@ class Service:
         if not record_it or self.registry.choice(device, backend) == kernelfilter.NAME:
             # What the kernel filter tracks is to be mounted as it is: udev is not to hide it, as it does what has a record.
             await self.registry.attach(
-                device, owner_uid=owner_uid, backend=backend, block_size=block_size, persistent=persistent
+                device,
+                owner_uid=owner_uid,
+                backend=backend,
+                block_size=block_size,
+                persistent=persistent,
+                work=work,
             )
             return
         known = device.stable_key in await asyncio.to_thread(self._records.all)
@@ -143,7 +156,12 @@ class Service:
         try:
             device = replace(device, node_name=record.name)
             await self.registry.attach(
-                device, owner_uid=owner_uid, backend=backend, block_size=block_size, persistent=True
+                device,
+                owner_uid=owner_uid,
+                backend=backend,
+                block_size=block_size,
+                persistent=True,
+                work=work,
             )
         except BaseException:
             if not known:
@@ -180,7 +198,7 @@ class Service:
             )
             _log.info("%s is tracked again, as it is to be after every boot", device.path)
 
-    async def detach(self, device: Device, *, force: bool) -> None:
+    async def detach(self, device: Device, *, force: bool, work: Work | None = None) -> None:
         """Detach a tracker. Raises ``errors.Busy`` (snapshots, clients) unless forced, and ``errors.NotTracked``."""
         covering = self.snapshots.of_device(device.name)
         if covering and not force:
@@ -188,7 +206,7 @@ class Service:
             raise errors.Busy(
                 f"{device.path} is part of snapshot {which}: destroy that first, or give the option force"
             )
-        await self.registry.detach(device, force=force)
+        await self.registry.detach(device, force=force, work=work)
         await asyncio.to_thread(self._records.forget, device.stable_key)
         # One that is gone was only listed for its tracker.
         self.inventory.refresh_soon()

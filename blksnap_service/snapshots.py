@@ -32,6 +32,7 @@ from blksnap_service.snapshot import (
     found,
 )
 from blksnap_service.trackers import Registry
+from blksnap_service.work import Work
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class Snapshots:
         """Return the snapshots that cover a device."""
         return [snapshot for snapshot in self if name in snapshot.entry.devices]
 
-    async def create(self, devices: Sequence[Device], request: Request) -> Snapshot:
-        """Create a snapshot of ``devices`` and, unless asked not to, take it.
+    async def create(self, devices: Sequence[Device], request: Request, work: Work | None = None) -> Snapshot:
+        """Create a snapshot of ``devices`` and, unless asked not to, take it. ``work`` can be stopped until it is there.
 
         Raises ``errors.InvalidArgument`` (no or twice the same device, storage, limit), ``errors.NotTracked``,
         ``errors.NotSupported`` (devices no engine takes together), ``errors.NoSpace``, ``errors.LimitExceeded``, and what the
@@ -87,9 +88,10 @@ class Snapshots:
             names = distinct(devices)
             if request.holder:
                 self._check_holds(request.owner_uid)
-            async with self._locked(names), self._attaching(devices, request):
+            work = work or Work()
+            async with self._locked(names, work), self._attaching(devices, request, work):
                 engine = self._engine(names)
-                return await self._create(engine, devices, request)
+                return await self._create(engine, devices, request, work)
 
     async def add_device(self, snapshot: Snapshot, device: Device) -> None:
         """Add a device before the take. Raises ``errors.InvalidState``, ``errors.NotTracked``, ``errors.InvalidArgument``."""
@@ -103,17 +105,21 @@ class Snapshots:
             self._engine(names)
             await self._note(snapshot, replace(snapshot.entry, devices=names))
 
-    async def take(self, snapshot: Snapshot) -> None:
+    async def take(self, snapshot: Snapshot, work: Work | None = None) -> None:
         """Take a created snapshot. A take that fails leaves it created, and no number is consumed."""
-        async with self._locked(snapshot.entry.devices), snapshot.lock:
+        work = work or Work()
+        async with self._locked(snapshot.entry.devices, work), work.holding(snapshot.lock):
             self._require(snapshot, "created", "it can be taken only once")
+            work.commit()
             await self._take(snapshot)
 
-    async def destroy(self, snapshot: Snapshot) -> None:
+    async def destroy(self, snapshot: Snapshot, work: Work | None = None) -> None:
         """End a snapshot and give its storage back. Raises ``errors.InvalidState`` when that is under way."""
-        async with snapshot.lock:
+        work = work or Work()
+        async with work.holding(snapshot.lock):
             if self._snapshots.get(snapshot.id) is not snapshot:
                 raise errors.NotFound(f"there is no snapshot {snapshot.id} (any more)")
+            work.commit()
             snapshot.destroying = True
             self._watcher.snapshot_changed(snapshot)
             try:
@@ -139,10 +145,7 @@ class Snapshots:
             try:
                 status = await snapshot.engine.status(snapshot.id)
             except errors.NotFound:
-                devices = ", ".join(snapshot.entry.devices)
-                _log.warning(
-                    "snapshot %s of %s did not survive: what held it has ended", snapshot.id, devices
-                )
+                _note_loss(snapshot.entry)
                 await self._forget(snapshot)
                 return
             self._update(snapshot, status)
@@ -198,13 +201,15 @@ class Snapshots:
 
     # How a snapshot comes to be.
 
-    async def _create(self, engine: SnapshotEngine, devices: Sequence[Device], request: Request) -> Snapshot:
+    async def _create(
+        self, engine: SnapshotEngine, devices: Sequence[Device], request: Request, work: Work
+    ) -> Snapshot:
         # From looking whether a file is free to writing down that it is not.
-        async with self._choosing:
+        async with work.holding(self._choosing):
             opened = await asyncio.to_thread(self._open_storage, request, self._registry.origins())
             entry = await self._begin(opened, devices, request)
         try:
-            return await self._finish(engine, entry, opened, devices, request)
+            return await self._finish(engine, entry, opened, devices, request, work)
         finally:
             self._making.discard(entry.key)
 
@@ -240,15 +245,19 @@ class Snapshots:
         opened: storage.Storage,
         devices: Sequence[Device],
         request: Request,
+        work: Work,
     ) -> Snapshot:
         try:
+            work.reach()
             limit = opened.limit(request.limit, sum(device.size for device in devices))
             status = await engine.create(
                 entry.key, opened.fd, limit=limit, low_space=request.low_space, chunk_size=request.chunk_size
             )
             snapshot = Snapshot(entry, engine, status)
+            work.reach()
             if request.take:
                 await self._take(snapshot)
+            work.commit()
         except BaseException:
             await self._undo(engine, entry, opened)
             raise
@@ -305,19 +314,24 @@ class Snapshots:
         )
 
     @contextlib.asynccontextmanager
-    async def _locked(self, names: Collection[str]) -> AsyncIterator[None]:
+    async def _locked(self, names: Collection[str], work: Work) -> AsyncIterator[None]:
         """Hold the locks of several devices, always in the same order."""
         async with contextlib.AsyncExitStack() as stack:
             for name in sorted(names):
-                await stack.enter_async_context(self._registry.lock(name))
+                await stack.enter_async_context(work.holding(self._registry.lock(name)))
             yield
 
     @contextlib.asynccontextmanager
-    async def _attaching(self, devices: Sequence[Device], request: Request) -> AsyncIterator[None]:
+    async def _attaching(
+        self, devices: Sequence[Device], request: Request, work: Work
+    ) -> AsyncIterator[None]:
         """Attach trackers to devices that have none, if asked to; detach them again when the block fails."""
         mine: list[Device] = []
         try:
-            for device in devices:
+            for done, device in enumerate(devices):
+                if request.attach:
+                    # The take is the last step.
+                    work.reach(done / (len(devices) + 1))
                 if device.name in self._registry:
                     continue
                 if not request.attach:
@@ -326,6 +340,8 @@ class Snapshots:
                     )
                 await self._registry.attach_locked(device, owner_uid=request.owner_uid)
                 mine.append(device)
+            if request.attach:
+                work.reach(len(devices) / (len(devices) + 1))
             yield
         except BaseException:
             for device in mine:

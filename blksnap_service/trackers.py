@@ -22,6 +22,7 @@ from blksnap_service.devices import Device
 from blksnap_service.mapreader import MAX_RANGES, MapReader
 from blksnap_service.storage import Identity
 from blksnap_service.tracker import Backend, BackendInfo, Placement, Tracker, TrackerReading
+from blksnap_service.work import Work
 
 _log = logging.getLogger(__name__)
 
@@ -122,13 +123,16 @@ class Registry:
         backend: str = "",
         block_size: int = 0,
         persistent: bool = False,
+        work: Work | None = None,
     ) -> None:
-        """Attach a tracker. ``backend`` empty: the best one that can.
+        """Attach a tracker. ``backend`` empty: the best one that can. ``work`` can be stopped while it waits for its turn.
 
         Raises ``errors.AlreadyTracked``, ``errors.InvalidArgument`` (no such backend), ``errors.NotSupported`` (it cannot
         track this device) and what the backend raises.
         """
-        async with self.lock(device.name):
+        work = work or Work()
+        async with work.holding(self.lock(device.name)):
+            work.commit()
             await self.attach_locked(
                 device, owner_uid=owner_uid, backend=backend, block_size=block_size, persistent=persistent
             )
@@ -177,9 +181,11 @@ class Registry:
             raise
         await self._admit(device.name, attached.tracker, entry, attached.last_reset)
 
-    async def detach(self, device: Device, *, force: bool = False) -> None:
+    async def detach(self, device: Device, *, force: bool = False, work: Work | None = None) -> None:
         """Detach and save the map. Raises ``errors.NotTracked`` and ``errors.Busy`` (snapshots, clients) unless forced."""
-        async with self.lock(device.name):
+        work = work or Work()
+        async with work.holding(self.lock(device.name)):
+            work.commit()
             await self.detach_locked(device, force=force)
 
     async def detach_locked(self, device: Device, *, force: bool = False) -> None:

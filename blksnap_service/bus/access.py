@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final
 
 from blksnap_service import errors
 from blksnap_service.authority import ACTIONS, MESSAGES, OTHER_USER, Action, Authority
+from blksnap_service.bus.job import Jobs, Operation
 from blksnap_service.bus.wire import Call
 from blksnap_service.devices import Device
 from blksnap_service.service import Service
+from blksnap_service.work import Work
 
 GETTEXT_DOMAIN: Final = "blksnap"
 
@@ -24,6 +27,7 @@ class Context:
     service: Service
     authority: Authority
     bus_id: str
+    jobs: Jobs
 
     async def allow(
         self,
@@ -75,6 +79,13 @@ class Context:
             if (before.identity, before.diskseq) != (now.identity, now.diskseq):
                 raise errors.NotFound(f"{now.path} is another device than it was; nothing was done")
         return found
+
+    def run(
+        self, name: str, uid: int, devices: Sequence[Device | str], objects: Sequence[str]
+    ) -> AbstractAsyncContextManager[Work]:
+        """Show an operation of that user while the block lasts. Raises ``errors.LimitExceeded``."""
+        named = [one if isinstance(one, str) else one.path for one in devices]
+        return self.jobs.run(self, Operation(name, named, objects, uid))
 
     def trusted(self, uid: int) -> bool:
         """Whether a caller may have the service open any path: it could do so itself."""

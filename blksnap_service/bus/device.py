@@ -58,13 +58,15 @@ class Device:
         before = self.device
         uid = await self._context.allow(call, [before], backend=backend, persistent=persistent)
         (device,) = self._context.same([before])
-        await self._service.attach(
-            device,
-            owner_uid=uid,
-            backend=backend,
-            block_size=block_size,
-            persistent=persistent,
-        )
+        async with self._context.run("tracker-attach", uid, [device], [call.path]) as work:
+            await self._service.attach(
+                device,
+                owner_uid=uid,
+                backend=backend,
+                block_size=block_size,
+                persistent=persistent,
+                work=work,
+            )
 
     async def Detach(self, call: Call, options: Mapping[str, Value]) -> None:  # noqa: N802
         """Detach the tracker."""
@@ -78,7 +80,8 @@ class Device:
         (device,) = self._context.same([before])
         if force and not self._snapshots_of_others(uid) <= ended:
             raise errors.Busy(f"another user has taken a snapshot of {device.path} meanwhile: try again")
-        await self._service.detach(device, force=force)
+        async with self._context.run("tracker-detach", uid, [device], [call.path]) as work:
+            await self._service.detach(device, force=force, work=work)
 
     def _snapshots_of_others(self, uid: int) -> set[str]:
         covering = self._service.snapshots.of_device(self.device.name)

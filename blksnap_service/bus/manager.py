@@ -92,9 +92,8 @@ class Manager:
             attach=attach,
         )
         targets = self._context.same(targets)
-        snapshot = await self._service.snapshots.create(
-            targets,
-            Request(
+        async with self._context.run("snapshot-take", uid, targets, devices) as work:
+            request = Request(
                 owner_uid=uid,
                 holder=call.sender if chosen.get("hold") else "",
                 bus_id=self._context.bus_id,
@@ -106,8 +105,8 @@ class Manager:
                 chunk_size=chosen.get("chunk-size", 0),
                 take=chosen.get("take", True),
                 attach=attach,
-            ),
-        )
+            )
+            snapshot = await self._service.snapshots.create(targets, request, work)
         return paths.snapshot_path(snapshot.id)
 
     def _storage_path(self, chosen: Mapping[str, Any], uid: int) -> str:

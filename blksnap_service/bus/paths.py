@@ -16,6 +16,7 @@ DEVICE: Final = f"{BUS_NAME}.Device"
 TRACKER: Final = f"{BUS_NAME}.Tracker"
 SNAPSHOT: Final = f"{BUS_NAME}.Snapshot"
 IMAGE: Final = f"{BUS_NAME}.Image"
+JOB: Final = f"{BUS_NAME}.Job"
 
 _DEVICES: Final = f"{ROOT}/devices/"
 
@@ -35,6 +36,11 @@ def device_name(path: str) -> str:
 def snapshot_path(snapshot_id: str) -> str:
     """Return the object path of a snapshot by its uuid."""
     return f"{ROOT}/snapshots/{snapshot_id.replace('-', '_')}"
+
+
+def job_path(number: int) -> str:
+    """Return the object path of a job."""
+    return f"{ROOT}/jobs/{number}"
 
 
 def image_path(snapshot_id: str, name: str) -> str:

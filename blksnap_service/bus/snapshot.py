@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from blksnap_service import errors
@@ -13,6 +14,7 @@ from blksnap_service.bus.wire import Call, Value
 from blksnap_service.devices import Device
 from blksnap_service.engines import ImageStatus
 from blksnap_service.snapshot import Snapshot as SnapshotRecord
+from blksnap_service.work import Work
 
 
 def images_of(context: Context, snapshot: SnapshotRecord) -> dict[str, tuple[str, ImageStatus]]:
@@ -72,19 +74,24 @@ class Snapshot:
         bus_options.take(options, {})
         await self._require_owner(call)
         await self._allow(call, self._devices())
-        await self._snapshots.take(self._snapshot)
+        async with self._run("snapshot-take", await call.uid()) as work:
+            await self._snapshots.take(self._snapshot, work)
 
     async def Destroy(self, call: Call, options: Mapping[str, Value]) -> None:  # noqa: N802
         """End it."""
         bus_options.take(options, {})
         await self._allow(call, self._devices())
-        await self._snapshots.destroy(self._snapshot)
+        async with self._run("snapshot-destroy", await call.uid()) as work:
+            await self._snapshots.destroy(self._snapshot, work)
 
     async def Release(self, call: Call, options: Mapping[str, Value]) -> None:  # noqa: N802
         """Drop the hold."""
         bus_options.take(options, {})
         await self._allow(call, self._devices())
         await self._snapshots.release(self._snapshot)
+
+    def _run(self, name: str, uid: int) -> AbstractAsyncContextManager[Work]:
+        return self._context.run(name, uid, self._devices(), [paths.snapshot_path(self._snapshot.id)])
 
     async def _allow(self, call: Call, devices: Sequence[Device | str]) -> None:
         entry = self._snapshot.entry

@@ -17,6 +17,7 @@ from blksnap_service.bus import paths
 from blksnap_service.bus.access import Context
 from blksnap_service.bus.device import Device
 from blksnap_service.bus.image import Image
+from blksnap_service.bus.job import Jobs
 from blksnap_service.bus.manager import Manager
 from blksnap_service.bus.snapshot import Snapshot, images_of
 from blksnap_service.bus.tracker import Tracker
@@ -50,7 +51,7 @@ class Tree:
 
     def serve(self, service: Service, authority: Authority, bus_id: str) -> None:
         """Show the manager; the rest follows as the service finds it."""
-        self._context = Context(service, authority, bus_id)
+        self._context = Context(service, authority, bus_id, Jobs(self._publisher))
         self._show(paths.MANAGER_PATH, paths.MANAGER, Manager(self._context))
 
     def close(self) -> None:

@@ -182,6 +182,18 @@ def _await_end(pid: int) -> None:
             time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def standing_still(daemon: Daemon) -> Iterator[None]:
+    """Have the data path answer nothing for as long as the block lasts."""
+    pid = daemon.datapath_pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 class Client:
     """A caller on the bus that keeps to the rules."""
 
