@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -14,6 +15,8 @@ from blksnap_service.catalogue import SnapshotEntry
 from blksnap_service.devices import Device
 from blksnap_service.engines import SnapshotEngine, SnapshotStatus
 from blksnap_service.fds import OwnedFd
+
+_log = logging.getLogger(__name__)
 
 MAX_DEVICES = 64
 """The data path answers a take with three descriptors per device, and one message carries at most 253."""
@@ -93,6 +96,19 @@ def distinct(devices: Sequence[Device]) -> list[str]:
     if len(names) > MAX_DEVICES:
         raise errors.LimitExceeded(f"a snapshot covers at most {MAX_DEVICES} devices")
     return names
+
+
+def check_holds(snapshots: Iterable[Snapshot], uid: int) -> None:
+    """Raises ``errors.LimitExceeded`` when a user holds as many as it may."""
+    held = sum(1 for one in snapshots if one.entry.holder and one.entry.owner_uid == uid)
+    if held >= MAX_HOLDS_PER_UID:
+        raise errors.LimitExceeded(f"uid {uid} holds {held} snapshots already: destroy or release one")
+
+
+def note_loss(entry: SnapshotEntry) -> None:
+    """Log that a snapshot is not there any more."""
+    devices = ", ".join(entry.devices)
+    _log.warning("snapshot %s of %s did not survive: what held it has ended", entry.key, devices)
 
 
 def found(engine: SnapshotEngine, status: SnapshotStatus, devices: tuple[str, ...]) -> SnapshotEntry:

@@ -23,13 +23,14 @@ from blksnap_service.devices import Device
 from blksnap_service.engines import SnapshotEngine, SnapshotStatus
 from blksnap_service.snapshot import (
     MAX_DEVICES,
-    MAX_HOLDS_PER_UID,
     Request,
     Snapshot,
     State,
     Watcher,
+    check_holds,
     distinct,
     found,
+    note_loss,
 )
 from blksnap_service.trackers import Registry
 from blksnap_service.work import Work
@@ -87,7 +88,7 @@ class Snapshots:
                 stack.callback(request.storage_fd.close)
             names = distinct(devices)
             if request.holder:
-                self._check_holds(request.owner_uid)
+                check_holds(self, request.owner_uid)
             work = work or Work()
             async with self._locked(names, work), self._attaching(devices, request, work):
                 engine = self._engine(names)
@@ -145,7 +146,7 @@ class Snapshots:
             try:
                 status = await snapshot.engine.status(snapshot.id)
             except errors.NotFound:
-                _note_loss(snapshot.entry)
+                note_loss(snapshot.entry)
                 await self._forget(snapshot)
                 return
             self._update(snapshot, status)
@@ -180,7 +181,7 @@ class Snapshots:
         for entry in self._catalogue.snapshots:
             hoped_for = any(engine.may_hold(entry.key) for engine in self._engines.values())
             if entry.key not in self._snapshots and entry.key not in self._making and not hoped_for:
-                _note_loss(entry)
+                note_loss(entry)
                 await self._drop(entry)
 
     def low_space(self, snapshot_id: str, used: int, limit: int) -> None:
@@ -365,11 +366,6 @@ class Snapshots:
         names = [self._registry.by_origin(image.origin) for image in status.images]
         return tuple(name for name in names if name is not None)
 
-    def _check_holds(self, uid: int) -> None:
-        held = sum(1 for one in self if one.entry.holder and one.entry.owner_uid == uid)
-        if held >= MAX_HOLDS_PER_UID:
-            raise errors.LimitExceeded(f"uid {uid} holds {held} snapshots already: destroy or release one")
-
     def _require(self, snapshot: Snapshot, state: State, why: str) -> None:
         if self._snapshots.get(snapshot.id) is not snapshot:
             raise errors.NotFound(f"there is no snapshot {snapshot.id} (any more)")
@@ -405,8 +401,3 @@ class Snapshots:
             await self._catalogue.snapshots.drop(entry.key)
         except errors.BlksnapError as error:
             _log.error("%s", error)
-
-
-def _note_loss(entry: SnapshotEntry) -> None:
-    devices = ", ".join(entry.devices)
-    _log.warning("snapshot %s of %s did not survive: what held it has ended", entry.key, devices)
