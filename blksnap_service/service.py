@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -137,17 +138,13 @@ class Service:
     ) -> None:
         """Attach a tracker, after every boot too if ``persistent``. Raises as ``Registry.attach``."""
         await self._look_for_backends()
+        attach = partial(
+            self.registry.attach, owner_uid=owner_uid, backend=backend, block_size=block_size, work=work
+        )
         record_it = persistent and device.kind == "block"
         if not record_it or self.registry.choice(device, backend) == kernelfilter.NAME:
             # What the kernel filter tracks is to be mounted as it is: udev is not to hide it, as it does what has a record.
-            await self.registry.attach(
-                device,
-                owner_uid=owner_uid,
-                backend=backend,
-                block_size=block_size,
-                persistent=persistent,
-                work=work,
-            )
+            await attach(device, persistent=persistent)
             return
         known = device.stable_key in await asyncio.to_thread(self._records.all)
         record = await asyncio.to_thread(
@@ -155,14 +152,7 @@ class Service:
         )
         try:
             device = replace(device, node_name=record.name)
-            await self.registry.attach(
-                device,
-                owner_uid=owner_uid,
-                backend=backend,
-                block_size=block_size,
-                persistent=True,
-                work=work,
-            )
+            await attach(device, persistent=True)
         except BaseException:
             if not known:
                 await asyncio.to_thread(self._records.forget, device.stable_key)
