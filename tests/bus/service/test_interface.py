@@ -133,6 +133,8 @@ async def test_what_happens_is_told(user: Client, signals: Signals, image: Path)
     await user.call(device, DEVICE, "Detach", "")
     story = []
     for where, member, body in signals.heard:
+        if any("/jobs/" in str(one) for one in (where, body[0])):
+            continue  # on a slow machine all is a job
         if member == "PropertiesChanged":
             story.append((where, sorted(body[1])))
         elif member == "InterfacesAdded":

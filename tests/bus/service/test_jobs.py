@@ -59,7 +59,7 @@ async def test_what_takes_long_is_shown(user: Client, daemon: Daemon, signals: S
     with standing_still(daemon):
         taking = asyncio.create_task(user.snapshot(device))
         ((path, job),) = (await jobs(user, 1)).items()
-        assert path == f"{paths.ROOT}/jobs/1"
+        assert path.startswith(f"{paths.ROOT}/jobs/")
         assert job.pop("StartTime") > 0
         assert job == {
             "Operation": "snapshot-take",
@@ -145,11 +145,3 @@ async def test_what_waits_for_another_can_be_cancelled(
             await user.call(waiting, JOB, "Cancel", "")
             assert await outcome(second) == "Cancelled"
     assert await outcome(first) == ""
-
-
-async def test_what_is_quick_is_no_job(user: Client, signals: Signals, image: Path) -> None:
-    """Objects that come and go with everything would be noise."""
-    device = await user.attach(image)
-    await user.call(await user.snapshot(device), SNAPSHOT, "Destroy", "")
-    await user.call(device, DEVICE, "Detach", "")
-    assert not [body for _, member, body in signals.heard if member == "InterfacesAdded" and JOB in body[1]]
