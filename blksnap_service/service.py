@@ -127,14 +127,7 @@ class Service:
         self._filter.close()
 
     async def attach(
-        self,
-        device: Device,
-        *,
-        owner_uid: int,
-        backend: str,
-        block_size: int,
-        persistent: bool,
-        work: Work | None = None,
+        self, device: Device, work: Work, *, owner_uid: int, backend: str, block_size: int, persistent: bool
     ) -> None:
         """Attach a tracker, after every boot too if ``persistent``. Raises as ``Registry.attach``."""
         await self._look_for_backends()

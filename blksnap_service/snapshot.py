@@ -15,6 +15,7 @@ from blksnap_service.catalogue import SnapshotEntry
 from blksnap_service.devices import Device
 from blksnap_service.engines import SnapshotEngine, SnapshotStatus
 from blksnap_service.fds import OwnedFd
+from blksnap_service.work import Work
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Request:
     chunk_size: int = 0
     take: bool = True
     attach: bool = False
+    work: Work = field(default_factory=Work, compare=False, repr=False)
 
 
 @dataclass(eq=False, slots=True)

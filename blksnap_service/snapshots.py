@@ -76,8 +76,8 @@ class Snapshots:
         """Return the snapshots that cover a device."""
         return [snapshot for snapshot in self if name in snapshot.entry.devices]
 
-    async def create(self, devices: Sequence[Device], request: Request, work: Work | None = None) -> Snapshot:
-        """Create a snapshot of ``devices`` and, unless asked not to, take it. ``work`` can be stopped until it is there.
+    async def create(self, devices: Sequence[Device], request: Request) -> Snapshot:
+        """Create a snapshot of ``devices`` and, unless asked not to, take it. Its work can be stopped until it is there.
 
         Raises ``errors.InvalidArgument`` (no or twice the same device, storage, limit), ``errors.NotTracked``,
         ``errors.NotSupported`` (devices no engine takes together), ``errors.NoSpace``, ``errors.LimitExceeded``, and what the
@@ -89,10 +89,9 @@ class Snapshots:
             names = distinct(devices)
             if request.holder:
                 check_holds(self, request.owner_uid)
-            work = work or Work()
-            async with self._locked(names, work), self._attaching(devices, request, work):
+            async with self._locked(names, request.work), self._attaching(devices, request):
                 engine = self._engine(names)
-                return await self._create(engine, devices, request, work)
+                return await self._create(engine, devices, request)
 
     async def add_device(self, snapshot: Snapshot, device: Device) -> None:
         """Add a device before the take. Raises ``errors.InvalidState``, ``errors.NotTracked``, ``errors.InvalidArgument``."""
@@ -202,15 +201,13 @@ class Snapshots:
 
     # How a snapshot comes to be.
 
-    async def _create(
-        self, engine: SnapshotEngine, devices: Sequence[Device], request: Request, work: Work
-    ) -> Snapshot:
+    async def _create(self, engine: SnapshotEngine, devices: Sequence[Device], request: Request) -> Snapshot:
         # From looking whether a file is free to writing down that it is not.
-        async with work.holding(self._choosing):
+        async with request.work.holding(self._choosing):
             opened = await asyncio.to_thread(self._open_storage, request, self._registry.origins())
             entry = await self._begin(opened, devices, request)
         try:
-            return await self._finish(engine, entry, opened, devices, request, work)
+            return await self._finish(engine, entry, opened, devices, request)
         finally:
             self._making.discard(entry.key)
 
@@ -246,19 +243,18 @@ class Snapshots:
         opened: storage.Storage,
         devices: Sequence[Device],
         request: Request,
-        work: Work,
     ) -> Snapshot:
         try:
-            work.reach()
+            request.work.reach()
             limit = opened.limit(request.limit, sum(device.size for device in devices))
             status = await engine.create(
                 entry.key, opened.fd, limit=limit, low_space=request.low_space, chunk_size=request.chunk_size
             )
             snapshot = Snapshot(entry, engine, status)
-            work.reach()
+            request.work.reach()
             if request.take:
                 await self._take(snapshot)
-            work.commit()
+            request.work.commit()
         except BaseException:
             await self._undo(engine, entry, opened)
             raise
@@ -323,16 +319,14 @@ class Snapshots:
             yield
 
     @contextlib.asynccontextmanager
-    async def _attaching(
-        self, devices: Sequence[Device], request: Request, work: Work
-    ) -> AsyncIterator[None]:
+    async def _attaching(self, devices: Sequence[Device], request: Request) -> AsyncIterator[None]:
         """Attach trackers to devices that have none, if asked to; detach them again when the block fails."""
         mine: list[Device] = []
         try:
             for done, device in enumerate(devices):
                 if request.attach:
                     # The take is the last step.
-                    work.reach(done / (len(devices) + 1))
+                    request.work.reach(done / (len(devices) + 1))
                 if device.name in self._registry:
                     continue
                 if not request.attach:
@@ -342,7 +336,7 @@ class Snapshots:
                 await self._registry.attach_locked(device, owner_uid=request.owner_uid)
                 mine.append(device)
             if request.attach:
-                work.reach(len(devices) / (len(devices) + 1))
+                request.work.reach(len(devices) / (len(devices) + 1))
             yield
         except BaseException:
             for device in mine:

@@ -61,11 +61,11 @@ class Device:
         async with self._context.run("tracker-attach", uid, [device], [call.path]) as work:
             await self._service.attach(
                 device,
+                work,
                 owner_uid=uid,
                 backend=backend,
                 block_size=block_size,
                 persistent=persistent,
-                work=work,
             )
 
     async def Detach(self, call: Call, options: Mapping[str, Value]) -> None:  # noqa: N802

@@ -105,8 +105,9 @@ class Manager:
                 chunk_size=chosen.get("chunk-size", 0),
                 take=chosen.get("take", True),
                 attach=attach,
+                work=work,
             )
-            snapshot = await self._service.snapshots.create(targets, request, work)
+            snapshot = await self._service.snapshots.create(targets, request)
         return paths.snapshot_path(snapshot.id)
 
     def _storage_path(self, chosen: Mapping[str, Any], uid: int) -> str:

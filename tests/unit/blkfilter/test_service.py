@@ -18,6 +18,7 @@ from blksnap_service.cbt import View
 from blksnap_service.devices import Device, origin_name
 from blksnap_service.snapshot import Request
 from blksnap_service.trackers import Tracked
+from blksnap_service.work import Work
 from tests.unit.blkfilter.lab import BLOCK, BLOCKS, SIGN, SIZE, Lab, ModelLab, running
 from tests.unit.fakes.datapath import FakeDatapath
 from tests.unit.fakes.machine import Machine
@@ -48,7 +49,9 @@ class Rig:
 
     async def tracked(self, device: Device, backend: str = "blkfilter") -> Tracked:
         """Track it."""
-        await self.service.attach(device, owner_uid=1000, backend=backend, block_size=0, persistent=False)
+        await self.service.attach(
+            device, Work(), owner_uid=1000, backend=backend, block_size=0, persistent=False
+        )
         return self.service.registry.get(device.name)
 
     def request(self, *, take: bool = True, limit: int = 1 << 24) -> Request:
@@ -311,7 +314,7 @@ async def test_a_persistent_tracker_has_no_record_for_udev(here: Rig) -> None:
     """The device is to be mounted as it is: udev hides what has one. The service attaches it again itself."""
     device = replace(here.disk("/srv"), stable_key="fsuuid-1")
     here.service.inventory.keep(device)
-    await here.service.attach(device, owner_uid=7, backend="", block_size=0, persistent=True)
+    await here.service.attach(device, Work(), owner_uid=7, backend="", block_size=0, persistent=True)
     entry = here.service.registry.get(device.name).entry
     assert (entry.persistent, entry.backend, entry.stable_key) == (True, "blkfilter", "fsuuid-1")
     assert here.service._records.all() == {}
