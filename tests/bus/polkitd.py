@@ -76,8 +76,8 @@ class SystemBus(Bus):
 class Polkit:
     """The real polkitd. ``verdict``: what our one rule says to all, or a device for which it says yes; empty leaves it open."""
 
-    def __init__(self, directory: Path, bus: Bus) -> None:
-        """Start it; ``wait`` waits until it is on the bus."""
+    def __init__(self, directory: Path, bus: Bus, *, with_rule: bool = True) -> None:
+        """Start it; ``wait`` waits until it is on the bus. The rule starts a process for each check."""
         self._verdict = directory / "verdict"
         self.rule("")
         actions, rules = directory / "actions", directory / "rules.d"
@@ -89,7 +89,8 @@ class Polkit:
             Path("/usr/share/polkit-1/actions/org.freedesktop.policykit.policy"),
         ):
             _readable(actions / policy.name, policy.read_text())
-        _readable(rules / "10-test.rules", RULES.format(verdict=self._verdict))
+        if with_rule:
+            _readable(rules / "10-test.rules", RULES.format(verdict=self._verdict))
         script = (
             "mount --make-rprivate / && mount --bind $0 /usr/share/polkit-1/actions && "
             "mount --bind $1 /etc/polkit-1/rules.d && exec /usr/lib/polkit-1/polkitd"

@@ -45,6 +45,17 @@ def bus(directory: Path) -> Any:
     one.stop()
 
 
+@pytest.fixture
+async def polkit(directory: Path, bus: Bus, root: Client) -> AsyncIterator[Polkit]:
+    """The real polkitd, with nothing but our policy."""
+    one = Polkit(directory, bus, with_rule=False)
+    try:
+        await one.wait(root.connection)
+        yield one
+    finally:
+        one.stop()
+
+
 @pytest.fixture(params=LIBRARIES)
 async def daemon(
     directory: Path, bus: Bus, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
