@@ -38,8 +38,14 @@ class Difference:
         return self.limit if stat.S_ISBLK(status.st_mode) else status.st_blocks * SECTOR
 
 
-def prepare(storage: OwnedFd, limit: int, generation: Generation, parameter: Path = _PARAMETER) -> Difference:
-    """Make storage ready; ``storage`` is consumed. Raises ``OSError``."""
+def prepare(
+    storage: OwnedFd,
+    limit: int,
+    generation: Generation,
+    parameter: Path = _PARAMETER,
+    mode: int = os.O_RDWR,
+) -> Difference:
+    """Make storage ready; ``storage``, open in that ``mode``, is consumed. Raises ``OSError``."""
     with storage:
         status = os.fstat(storage.fileno())
         step = _step(parameter)
@@ -47,7 +53,7 @@ def prepare(storage: OwnedFd, limit: int, generation: Generation, parameter: Pat
             capacity = int.from_bytes(fcntl.ioctl(storage.fileno(), BLKGETSIZE64, b"\0" * 8), "little")
             if generation.create_by_name:
                 # The kernel opens it exclusively itself: ours must not be.
-                fd = OwnedFd(os.open(f"/proc/self/fd/{storage.fileno()}", os.O_RDWR | os.O_CLOEXEC))
+                fd = OwnedFd(os.open(f"/proc/self/fd/{storage.fileno()}", mode | os.O_CLOEXEC))
             else:
                 fd = OwnedFd(storage.release())
             return Difference(fd, capacity, capacity, step)

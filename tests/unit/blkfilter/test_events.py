@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import struct
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from blksnap_service.backends.blkfilter import difference, events, uapi
+from blksnap_service.backends.blkfilter import difference, events, probe, uapi
 from blksnap_service.backends.blkfilter.engine import SnapshotEvent
 from blksnap_service.backends.blkfilter.uapi import V6, V7, V615
 from blksnap_service.fds import OwnedFd
@@ -119,6 +120,35 @@ def test_the_kernel_is_told_a_limit_that_is_kept(tmp_path: Path, generation_: ua
         )
         with made.fd:
             assert (made.told, made.limit, made.step) == (told, max(limit, size), 1 << 30)
+
+
+def can_be_had_alone(path: str) -> bool:
+    """Whether nobody has the device exclusively."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
+@pytest.mark.parametrize("generation_", [V6, V615])
+def test_a_block_device_is_used_up_to_its_end(generation_: uapi.Generation) -> None:
+    """And is free to be opened exclusively by a kernel that does so itself; an older one relies on our being alone."""
+    if os.geteuid() != 0:
+        pytest.skip("not root: a loop device cannot be made")
+    with contextlib.ExitStack() as stack:
+        try:
+            loop = stack.enter_context(probe.loop_device())
+        except OSError as error:
+            pytest.skip(f"not root enough: no loop device can be made here ({error.strerror})")
+        path = str(Path(f"/proc/self/fd/{loop.fileno()}").readlink())
+        opened = OwnedFd(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        made = stack.enter_context(difference.prepare(opened, 4 * MIB, generation_, mode=os.O_RDONLY).fd)
+        assert opened.closed
+        assert can_be_had_alone(path) == (generation_ == V615)
+        assert not made.closed
 
 
 async def test_all_snapshots_are_listed_while_more_come(model: ModelLab) -> None:
