@@ -79,6 +79,13 @@ class Tracker:
         """Give the number of the interval being written now."""
         return self.changes_number + 1
 
+    @property
+    def shown_since(self) -> int:
+        """Give the number whose changes are newest in the map: a map that is not live has none after the last take."""
+        if self.map_is_live:
+            return self.changes_number
+        return max(self.changes_number - 1, self.oldest_number)
+
 
 @dataclass(frozen=True, slots=True)
 class Device:

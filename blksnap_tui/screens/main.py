@@ -288,7 +288,7 @@ class MainScreen(Screen[None]):
         if device is not None and device.tracker is not None and self._room is not None:
             cols, rows = self._room
             grid = Grid(Window(0, max(device.tracker.block_count, 1)), cols, rows)
-            since = device.tracker.changes_number if self._mode == "density" else 0
+            since = device.tracker.shown_since if self._mode == "density" else 0
             wanted = Wanted(device.object_path, grid, self._mode, since)
         if wanted != self._wanted:
             if wanted is None or self._wanted is None or wanted.device != self._wanted.device:

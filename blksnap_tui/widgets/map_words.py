@@ -41,7 +41,7 @@ def titles(
     if device is None or device.tracker is None:
         return ("map" if device is None else device.name), ""
     tracker = device.tracker
-    shown = "age of the last change" if mode == "age" else f"share changed since #{tracker.changes_number}"
+    shown = "age of the last change" if mode == "age" else f"share changed since #{tracker.shown_since}"
     title = f"{device.name} · {shown}"
     if not tracker.map_is_live:
         taken = [shot.taken_at for shot in state.snapshots if device.object_path in shot.devices]

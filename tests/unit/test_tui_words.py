@@ -61,6 +61,13 @@ def test_a_map_that_is_not_live_says_as_of_when(state: State) -> None:
     assert "as of" not in titles(state, tracked(state), None, "age", now_us=START_US)[0]
 
 
+def test_a_map_that_is_not_live_shows_what_the_last_snapshot_has(state: State) -> None:
+    """What changed after it is not in the map: a picture of that would be empty."""
+    for live, since in ((True, "#1"), (False, "#0")):
+        title, _ = titles(state, tracked(state, map_is_live=live), None, "density", now_us=START_US)
+        assert f"share changed since {since}" in title
+
+
 @pytest.mark.parametrize(
     "cols, text",
     [(4, "1 dot ≈ 256 KiB (4.0 blocks)"), (16, "1 dot ≈ 64.0 KiB (1.0 blocks)"), (32, "≈ 2.0 dots")],
