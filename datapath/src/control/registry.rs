@@ -5,6 +5,7 @@ use super::devices::Attachment;
 use super::error::{Refusal, Result};
 use super::keeping::{Keeps, KeptOrigin, KeptSnapshot};
 use super::nodes;
+use super::notes::Note;
 use crate::cbt::Geometry;
 use crate::engine::mail::{Letter, Mailbox};
 use crate::engine::reading::Reading;
@@ -33,6 +34,8 @@ pub struct Origin {
     pub state_page: Arc<Shared>,
     pub socket: PathBuf,
     pub attachment: Attachment,
+    /// The generation it came back with, and why that is a new one ("": it is not).
+    pub anew: (String, &'static str),
     pub last: Arc<Mutex<Option<(Reading, Map)>>>,
     pub kept: Keeps<KeptOrigin>,
 }
@@ -68,6 +71,9 @@ impl Origin {
         reading.node.clone_from(&attachment.node);
         reading.top.clone_from(&attachment.top);
         reading.insert.clone_from(&attachment.insert);
+        if reading.generation == self.anew.0 {
+            reading.reset = self.anew.1;
+        }
         if let Some(device) = attachment.ublk_id {
             reading.ublk_id = i64::from(device);
             reading.clients += u32::from(nodes::in_use(self));
@@ -161,6 +167,8 @@ pub struct Registry {
     pub origins: BTreeMap<String, Origin>,
     pub snapshots: BTreeMap<String, SnapshotEntry>,
     pub handles: u32,
+    /// Origins to be, when their disks have answered a process that died.
+    pub awaited: Vec<Note>,
     /// Origins whose end was told.
     pub told_broken: Vec<u32>,
 }

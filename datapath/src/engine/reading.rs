@@ -58,6 +58,8 @@ pub struct Reading {
     pub ublk_id: i64,
     pub top: String,
     pub insert: String,
+    /// Why the data path began this generation by itself, without a take; "": it did not. Filled in likewise.
+    pub reset: &'static str,
     pub snapshots: Vec<String>,
     pub counters: Counters,
     /// Why the map cannot be trusted any more (a take would begin a new generation); "": it can.
@@ -96,6 +98,7 @@ impl Engine {
             ublk_id: -1,
             top: String::new(),
             insert: String::new(),
+            reset: "",
             snapshots: self
                 .images
                 .iter()

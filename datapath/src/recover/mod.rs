@@ -13,23 +13,26 @@
 
 mod left;
 mod memory;
+mod noted;
 mod origins;
 mod snapshots;
 
-use crate::control::freezer;
 use crate::control::server::Server;
+use crate::control::{freezer, leftovers};
 use crate::store::Name;
 pub use left::life_after;
 use left::Left;
 use memory::Memory;
+use origins::Origin;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
-/// Goes on from `found`, and forgets `strangers`. Raised (words) when this process cannot serve at all.
+/// Goes on from `found` and from notes, and forgets `strangers`. Raised (words) when this process cannot serve at all.
 ///
 /// For a process that follows none it says that there is a life to follow.
-pub fn run(server: &Server, found: BTreeMap<Name, OwnedFd>, strangers: &[String]) -> Result<(), String> {
+pub fn run(server: &Arc<Server>, found: BTreeMap<Name, OwnedFd>, strangers: &[String]) -> Result<(), String> {
     left::await_rings(&found);
     let names: Vec<Name> = found.keys().copied().collect();
     let mut left = Left::sort(found);
@@ -38,6 +41,9 @@ pub fn run(server: &Server, found: BTreeMap<Name, OwnedFd>, strangers: &[String]
     let mut snapshots = snapshots::build(server, &mut left, &mut memory).map_err(|error| error.to_string())?;
     let origins = origins::build(server, &mut left, &mut memory, &mut snapshots).map_err(words)?;
     snapshots::settle(&mut snapshots, &origins);
+    let stored: Vec<_> = origins.iter().map(Origin::name).collect();
+    let noted = noted::build(server, &stored);
+    let strays = noted.found.len();
 
     let snapshots = snapshots
         .into_iter()
@@ -46,6 +52,7 @@ pub fn run(server: &Server, found: BTreeMap<Name, OwnedFd>, strangers: &[String]
         .map_err(words)?;
     let origins = origins
         .into_iter()
+        .chain(noted.found)
         .map(|origin| origin.keep(server))
         .collect::<Result<Vec<_>, _>>()
         .map_err(words)?;
@@ -70,18 +77,33 @@ pub fn run(server: &Server, found: BTreeMap<Name, OwnedFd>, strangers: &[String]
             snapshots.len()
         );
     }
+    if strays > 0 {
+        eprintln!(
+            "blksnap-datapath: takes over {strays} origins of a data path that was killed together with what keeps its \
+             memory: new generations begin, snapshots are lost"
+        );
+    }
     for snapshot in snapshots {
         server.registry().snapshots.insert(snapshot.id, snapshot.entry);
     }
+    let mut unfit = noted.unfit;
     for origin in origins {
-        let name = origin.name().to_owned();
-        origin
-            .start(server)
-            .map_err(|refusal| format!("origin {name}: {}", refusal.message))?;
+        let (name, noted) = (origin.name().to_owned(), origin.is_noted());
+        match origin.start(server) {
+            Ok(()) => {}
+            Err(refusal) if noted => {
+                eprintln!("blksnap-datapath: origin {name}: {}", refusal.message);
+                unfit.extend(server.notes.read(&name));
+                continue;
+            }
+            Err(refusal) => return Err(format!("origin {name}: {}", refusal.message)),
+        }
         let event = json!({"event": "origin.recovered", "origin": name, "life": server.life});
         server.untold.lock().expect("a panic aborts the process").push(event);
     }
-    if left.life > 0 {
+    noted.held.into_iter().for_each(|note| noted::await_disk(server, note));
+    leftovers::clear(server, &unfit);
+    if left.life > 0 || strays > 0 {
         freezer::go_on();
     }
     Ok(())

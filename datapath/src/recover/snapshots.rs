@@ -6,6 +6,7 @@ use super::memory::{conf, passes, Memory};
 use super::origins::Origin;
 use crate::cbt::{Geometry, Numbers};
 use crate::control::devices;
+use crate::control::ends;
 use crate::control::error::Result;
 use crate::control::keeping::{keeps, KeptFlip, SnapshotConf};
 use crate::control::registry::{ImageInfo, SnapshotEntry};
@@ -56,7 +57,7 @@ fn one(server: &Server, storage: Option<File>, file: &File, memory: &mut Memory)
     let page = Page::from(memory.owned(conf.page, c"blksnap-snapshot")?)?;
     if page.phase() == Phase::Leaving {
         for device in page.devices() {
-            devices::forget_orphan(device);
+            ends::forget_orphan(device);
         }
         return Ok(None);
     }
