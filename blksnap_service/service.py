@@ -290,18 +290,15 @@ class Service:
             if self._datapath.trouble:
                 raise errors.NotAvailable(self._datapath.trouble) from error
             self.registry.forget(entry.key)
-            if entry.persistent or self._is_waited_for(entry):
+            if entry.persistent:
                 _log.error("%s is to be tracked, but cannot be now: %s", entry.path, error)
                 return
             _log.error("%s is not tracked any more: %s", entry.path, error)
             await self._catalogue.trackers.drop(entry.key)
 
     async def _follow_up(self, entry: TrackerEntry) -> None:
-        """Deal with a tracker that ended while no service ran: it is wanted always, or somebody waits for it, or it is lost."""
-        ended = "the data path ended while no service ran"
-        if self._is_waited_for(entry):
-            await self._replace_lost(entry, ended)
-        elif entry.persistent and entry.backend == kernelfilter.NAME:
+        """Deal with a tracker that ended while no service ran: it is wanted always, or it is lost."""
+        if entry.persistent and entry.backend == kernelfilter.NAME:
             await self._filter.attach_again(entry, self.registry, self.inventory)
         elif not entry.persistent:
             _log.warning("%s is not tracked any more: what tracked it has ended", entry.path)
@@ -310,19 +307,7 @@ class Service:
             # Another disk may have its name now: the record says which one it is.
             await self._catalogue.trackers.drop(entry.key)
         else:
-            await self._replace_lost(entry, ended)
-
-    def _is_waited_for(self, entry: TrackerEntry) -> bool:
-        """Whether the ublk device of a tracker is there and serves nobody, so that who uses it waits.
-
-        One of the same number from after a boot, or of another tracker, is another one.
-        """
-        if entry.ublk_id < 0 or not sysblock.ublk_number(entry.ublk_id):
-            return False
-        if any(tracked.tracker.placement.ublk_id == entry.ublk_id for _, tracked in self.registry):
-            return False
-        booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        return entry.attached_at / 1e6 > booted_at
+            await self._replace_lost(entry, "the data path ended while no service ran")
 
     # What happens by itself.
 
@@ -351,6 +336,8 @@ class Service:
             return
         if event.name == "origin.recovered":
             _log.warning("%s goes on after a death of the data path", fields.text("origin"))
+            # One whose disk hung comes later than the others.
+            await self._adopt_running()
             return
         if not event.name.startswith("snapshot."):
             _log.debug("the data path told %s, which this service does not know", event.name)

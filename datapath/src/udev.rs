@@ -138,7 +138,12 @@ pub fn look_again(kernel_name: &str) {
 
 /// What the kernel calls the block device of that number; None when it is not there (any more).
 pub fn kernel_name(device: u64) -> Option<String> {
-    let target = fs::read_link(crate::sys::sysfs_of(device)).ok()?;
+    kernel_name_at(&crate::dm::table::number(device))
+}
+
+/// As [`kernel_name`], of the number as the kernel writes it ("259:3").
+pub fn kernel_name_at(number: &str) -> Option<String> {
+    let target = fs::read_link(Path::new("/sys/dev/block").join(number)).ok()?;
     Some(target.file_name()?.to_str()?.to_owned())
 }
 

@@ -288,17 +288,11 @@ fn tune(device: u32, depth: u16, features: u64) {
     }
 }
 
-/// Refuses to grow a device where the driver cannot.
-pub fn check_growth(device: u32) -> Result<()> {
+/// Whether a device can be told another size (6.16).
+pub fn can_grow(device: u32) -> Result<bool> {
     let info = open()?.info(device);
     let info = info.map_err(|error| Refusal::io(&format!("asking for {}", node_of(device)), &error))?;
-    if info.flags & flag::UPDATE_SIZE == 0 {
-        return Err(Refusal::invalid_state(format!(
-            "{} cannot grow on this kernel (6.16 can): remove it and add the origin again",
-            node_of(device)
-        )));
-    }
-    Ok(())
+    Ok(info.flags & flag::UPDATE_SIZE != 0)
 }
 
 /// The block device as it is now.

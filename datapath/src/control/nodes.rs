@@ -9,7 +9,7 @@ use super::ends;
 use super::error::{Refusal, Result};
 use super::freeze::Plan;
 use super::insertion::Insertion;
-use super::keeping::{self, OriginConf};
+use super::keeping;
 use super::node::{Device, Node};
 use super::notes::Note;
 use super::origins::{Add, WithMaps};
@@ -21,6 +21,8 @@ use crate::dm::Dm;
 use crate::engine::mail::Letter;
 use crate::engine::reading::Reading;
 use crate::engine::{Front, Map};
+use crate::ublk::control::Control;
+use crate::udev;
 use serde::Serialize;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -117,7 +119,6 @@ impl Server {
     pub fn put_up(
         &self,
         entry: &mut Origin,
-        conf: &OriginConf,
         asked: &Add,
         (size, diskseq): (u64, u64),
         insertion: Option<&mut Insertion>,
@@ -137,7 +138,7 @@ impl Server {
             ublk_id: Some(device),
             ..Note::of(asked)
         };
-        let kept = self.keep_device(entry, conf, device).and_then(|()| self.note(&note));
+        let kept = self.keep_device(entry, device).and_then(|()| self.note(&note));
         match kept.and_then(|()| over(asked, &path, size, insertion)) {
             Ok(None) => entry.attachment.node = path,
             Ok(Some(node)) => {
@@ -223,8 +224,20 @@ impl Server {
     }
 }
 
+/// The ublk device that a device-mapper device of an origin lies on now, if it is one of that origin's (by its `stamp`):
+/// it may have been given another one when the origin grew.
+pub fn front_below(name: &str, stamp: u64) -> Option<u32> {
+    let table = Dm::open().ok()?.table(name).ok()?;
+    let [target] = table.0.as_slice() else { return None };
+    let number = target.params.split(' ').next()?;
+    let device = udev::kernel_name_at(number)?.strip_prefix("ublkb")?.parse().ok()?;
+    let info = Control::open().and_then(|mut control| control.info(device)).ok()?;
+    (info.server_flags == stamp).then_some(device)
+}
+
 /// Has the device-mapper device of an origin that was left go on with it. One that is not as it was is `astray` later.
-pub fn adopt(entry: &mut Origin, conf: &OriginConf, device: u32) -> Result<()> {
+pub fn adopt(entry: &mut Origin, device: u32) -> Result<()> {
+    let conf = Arc::clone(&entry.conf);
     let live = !conf.insert.is_empty();
     let name = if live { &conf.insert } else { &conf.top };
     if name.is_empty() {

@@ -256,6 +256,7 @@ impl Server {
                 front: asked.front,
                 ..Attachment::default()
             },
+            conf: Arc::new(conf),
             anew: (String::new(), ""),
             last: Arc::default(),
             kept: keeps(kept),
@@ -291,7 +292,7 @@ impl Server {
             let _ = std::fs::remove_file(&socket);
             no_ring(&error)
         })?;
-        if let Err(refusal) = self.put_up(&mut entry, &conf, &asked, (node.size, diskseq), insertion.as_mut()) {
+        if let Err(refusal) = self.put_up(&mut entry, &asked, (node.size, diskseq), insertion.as_mut()) {
             // Before `insertion`, whose device it has open.
             self.undo(&entry, refusal.code == "timed-out");
             return Err(refusal);

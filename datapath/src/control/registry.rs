@@ -3,7 +3,7 @@
 
 use super::devices::Attachment;
 use super::error::{Refusal, Result};
-use super::keeping::{Keeps, KeptOrigin, KeptSnapshot};
+use super::keeping::{Keeps, KeptOrigin, KeptSnapshot, OriginConf};
 use super::nodes;
 use super::notes::Note;
 use crate::cbt::Geometry;
@@ -34,6 +34,8 @@ pub struct Origin {
     pub state_page: Arc<Shared>,
     pub socket: PathBuf,
     pub attachment: Attachment,
+    /// What it was told at its beginning.
+    pub conf: Arc<OriginConf>,
     /// The generation it came back with, and why that is a new one ("": it is not).
     pub anew: (String, &'static str),
     pub last: Arc<Mutex<Option<(Reading, Map)>>>,

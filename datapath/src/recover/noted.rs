@@ -10,7 +10,7 @@ use crate::control::error::{Refusal, Result};
 use crate::control::keeping::{OriginConf, VERSION};
 use crate::control::notes::Note;
 use crate::control::server::Server;
-use crate::control::{devices, leftovers};
+use crate::control::{devices, leftovers, nodes};
 use crate::dm::{link, Dm, Table};
 use crate::engine::Front;
 use crate::sys;
@@ -91,7 +91,8 @@ fn take_over(server: &Server, note: &Note, end: Instant) -> Result<Origin> {
 /// Its ublk device, which is what the note says, and through which its node goes.
 fn check(note: &Note) -> Result<u32> {
     let gone = |text: &str| Err(Refusal::not_found(text));
-    let Some(device) = note.ublk_id else {
+    let below = note.mapped().and_then(|name| nodes::front_below(name, note.stamp()));
+    let Some(device) = below.or(note.ublk_id) else {
         return gone("it had no block device yet");
     };
     let info = Control::open().and_then(|mut control| control.info(device));

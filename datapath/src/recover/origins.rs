@@ -20,6 +20,7 @@ use crate::origin;
 use crate::pages::state;
 use crate::snapshot::Cause;
 use crate::sys::{self, Node};
+use crate::ublk::stamp;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -281,6 +282,7 @@ impl Origin {
                 node: self.conf.ublk_id.map(devices::node_of).unwrap_or_default(),
                 ..Attachment::default()
             },
+            conf: Arc::new(self.conf.clone()),
             anew: (map.generation.clone(), self.reset),
             last: Arc::default(),
             kept: keeps(kept),
@@ -300,7 +302,13 @@ impl Origin {
                 // Its users have another one, or none.
                 false => Err(Refusal::invalid("its block device cannot be taken over")),
             };
-            let device = again(entry.attachment.ublk_id, go_on, make).inspect_err(|_| {
+            // The one its users are on.
+            let mapped = [&entry.conf.insert, &entry.conf.top]
+                .into_iter()
+                .find(|name| !name.is_empty());
+            let stamp = stamp::stamp(entry.identity.0, false);
+            let below = mapped.and_then(|name| nodes::front_below(name, stamp));
+            let device = again(below.or(entry.attachment.ublk_id), go_on, make).inspect_err(|_| {
                 // What is in the store is for the next process.
                 if !self.stored {
                     server.undo(&entry, false);
@@ -309,9 +317,9 @@ impl Origin {
             if entry.attachment.ublk_id != Some(device) {
                 entry.attachment.ublk_id = Some(device);
                 entry.attachment.node = devices::node_of(device);
-                server.keep_device(&entry, &self.conf, device)?;
+                server.keep_device(&entry, device)?;
             }
-            if let Err(refusal) = nodes::adopt(&mut entry, &self.conf, device) {
+            if let Err(refusal) = nodes::adopt(&mut entry, device) {
                 eprintln!("blksnap-datapath: origin {}: {}", entry.name, refusal.message);
             }
             Self::start_images(server, &entry)?;
