@@ -236,13 +236,14 @@ async def test_what_the_data_path_took_over_is_a_new_generation(
             another.take_over(device.origin, Path(device.path), top="blksnap-sdb", reset=reset)
             first = await stack.enter_async_context(running_service(tmp_path, another, blocks=first.blocks))
         else:
+            since = first.service.reconciled
             fake.accepting.clear()
             await asyncio.to_thread(fake.drop_connections)
             await first.told("backends")
             fake.origins.pop(device.origin).close()
             fake.take_over(device.origin, Path(device.path), top="blksnap-sdb", reset=reset)
             fake.accepting.set()
-            await settled(first)
+            await settled(first, since)
         after = first.service.registry.get(device.name)
         assert after.tracker.last.generation != generation
         assert (after.entry.owner_uid, after.entry.last_reset) == (1000, reset)

@@ -89,12 +89,6 @@ def await_end(pid: int) -> None:
             time.sleep(0.01)
 
 
-def fronts() -> list[str]:
-    """All ublk devices, started or not."""
-    found = Path("/sys/class/ublk-char")
-    return sorted(one.name for one in found.iterdir()) if found.exists() else []
-
-
 def await_writes(tracked: Tracked) -> None:
     """Return when some more writes have come through."""
     ublk.await_writes(tracked, 50)
@@ -117,7 +111,7 @@ def test_a_mounted_node_goes_on_as_a_new_generation(lives: Lives, tmp_path: Path
                 assert reading.generation not in generations
                 assert "what changed until then is not known" in reading.reset
                 assert lives.now.control.call("list")["snapshots"] == []
-                assert fronts() == [f"ublkc{reading.ublk_id}"]
+                assert ublk.fronts() == [f"ublkc{reading.ublk_id}"]
                 await_writes(tracked)
             _, (image,) = ublk.take(tracked)
             content, number = ublk.read(image), tracked.origin.info().changes
@@ -133,7 +127,7 @@ def test_a_mounted_node_goes_on_as_a_new_generation(lives: Lives, tmp_path: Path
             lives.now.control.call("snapshot.destroy", snapshot=snapshot["snapshot"])
         assert nodes.is_clean(node, kind)
         tracked.remove()
-        assert (fronts(), nodes.names()) == ([], set())
+        assert (ublk.fronts(), nodes.names()) == ([], set())
         assert nodes.is_clean(disk, kind)
 
 
@@ -154,7 +148,7 @@ def test_a_live_volume_goes_on_as_a_new_generation(lives: Lives, tmp_path: Path)
             await_writes(tracked)
             tracked.remove()
             assert nodes.table(name) == before
-            assert (fronts(), nodes.names()) == ([], {name})
+            assert (ublk.fronts(), nodes.names()) == ([], {name})
         assert nodes.is_clean(volume, "ext4")
 
 
@@ -171,7 +165,7 @@ def test_what_cannot_be_taken_over_is_taken_away(lives: Lives, tmp_path: Path) -
             # As if they had been of another boot.
             lives.lose(forget_notes=True)
             assert lives.now.control.call("list")["origins"] == []
-            assert fronts() == []
+            assert ublk.fronts() == []
             assert not list((lives.directory / "udev").iterdir())
         assert idle.node.exists()
         for name in ("blksnap-used", "blksnap-idle"):
@@ -189,7 +183,7 @@ def test_others_devices_are_left_alone(lives: Lives, tmp_path: Path) -> None:
             nodes.tracked_top(lives.now, two, "blksnap-ours")
             theirs.kill()
             lives.lose()
-            assert len(fronts()) == 2
+            assert len(ublk.fronts()) == 2
             tracked = theirs.again(tracked)
             assert tracked.origin.info().state == "tracking"
             tracked.remove()
@@ -209,12 +203,12 @@ def test_deaths_at_any_moment_of_an_attach_leave_nothing_behind(lives: Lives) ->
             lives.lose()
             assert attempt.ended(PATIENCE_S)
             served = lives.now.control.call("list")["origins"]
-            assert fronts() == [f"ublkc{one['ublk_id']}" for one in served]
+            assert ublk.fronts() == [f"ublkc{one['ublk_id']}" for one in served]
             assert nodes.names() == {one["top"] for one in served}
             assert all(one["state"] == "tracking" for one in served)
             for one in served:
                 lives.now.control.call("origin.remove", origin=one["origin"])
-            assert (fronts(), nodes.names()) == ([], set())
+            assert (ublk.fronts(), nodes.names()) == ([], set())
         nodes.tracked_top(lives.now, disk, "blksnap-test").remove()
 
 
