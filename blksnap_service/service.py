@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from blksnap_service import errors, inventory, kernelfilter, snapshot, sysblock, trackers
+from blksnap_service import errors, inventory, kernelfilter, snapshot, trackers
 from blksnap_service.backends.blkfilter.backend import FilterBackend
 from blksnap_service.backends.datapath.engine import DatapathEngine
 from blksnap_service.backends.nbd.backend import NbdBackend
