@@ -63,12 +63,12 @@ impl Origin {
     pub fn read(&self) -> Result<(Reading, Map, Geometry)> {
         let mut read = self.ask(Letter::Read)?;
         self.complete(&mut read.0);
-        self.remember(&read);
+        self.remember(&read.0, &read.1);
         Ok(read)
     }
 
     /// Adds to a reading what the queue thread does not know.
-    fn complete(&self, reading: &mut Reading) {
+    pub fn complete(&self, reading: &mut Reading) {
         let attachment = &self.attachment;
         reading.node.clone_from(&attachment.node);
         reading.top.clone_from(&attachment.top);
@@ -85,7 +85,8 @@ impl Origin {
         }
     }
 
-    fn remember(&self, (reading, map, _): &(Reading, Map, Geometry)) {
+    /// For when no new one is to be had.
+    pub fn remember(&self, reading: &Reading, map: &Map) {
         *self.last.lock().expect("a panic aborts the process") = Some((reading.clone(), map.clone()));
     }
 
@@ -100,7 +101,7 @@ impl Origin {
         match self.ask_for(Duration::from_secs(1), Letter::Read) {
             Ok(mut read) => {
                 self.complete(&mut read.0);
-                self.remember(&read);
+                self.remember(&read.0, &read.1);
                 Some(read.0)
             }
             Err(refusal) if refusal.code == "timed-out" => self.last().map(|(mut reading, _)| {

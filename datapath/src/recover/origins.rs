@@ -267,19 +267,26 @@ impl Origin {
         let ring = self.ring_life.take().expect("kept once");
         let files = (self.setup.origin.file(), &self.setup.listener);
         let kept = server.keep_origin(&self.conf, (!self.stored).then_some(files), &ring, memory)?;
+        let identity = self.setup.origin.node().identity;
+        // The one its users are on.
+        let mapped = [&self.conf.insert, &self.conf.top]
+            .into_iter()
+            .find(|name| !name.is_empty());
+        let below = mapped.and_then(|name| nodes::front_below(name, stamp::stamp(identity.0, false)));
+        let ublk_id = below.or(self.conf.ublk_id);
         self.kept = Some(registry::Origin {
             name: self.conf.name.clone(),
             handle: self.conf.handle,
             mailbox: Arc::clone(&self.setup.mailbox),
-            identity: self.setup.origin.node().identity,
+            identity,
             block_size: self.conf.block_size,
             tracking: self.conf.tracking,
             state_page: Arc::clone(&self.state_page),
             socket: server.nbd_socket(&self.conf.name),
             attachment: Attachment {
                 front: self.conf.front,
-                ublk_id: self.conf.ublk_id,
-                node: self.conf.ublk_id.map(devices::node_of).unwrap_or_default(),
+                ublk_id,
+                node: ublk_id.map(devices::node_of).unwrap_or_default(),
                 ..Attachment::default()
             },
             conf: Arc::new(self.conf.clone()),
@@ -288,6 +295,15 @@ impl Origin {
             kept: keeps(kept),
         });
         Ok(self)
+    }
+
+    /// Has it known before it starts: it does not answer, but is told of as it was.
+    pub fn register(&self, server: &Server) {
+        let entry = self.kept.clone().expect("stored before it is told of");
+        let mut reading = self.setup.reading();
+        entry.complete(&mut reading);
+        entry.remember(&reading, &self.setup.map);
+        server.registry().origins.insert(entry.name.clone(), entry);
     }
 
     /// Starts its queue thread, and has its block devices go on: first its own (`devices::recover_origin_device`).
@@ -302,19 +318,13 @@ impl Origin {
                 // Its users have another one, or none.
                 false => Err(Refusal::invalid("its block device cannot be taken over")),
             };
-            // The one its users are on.
-            let mapped = [&entry.conf.insert, &entry.conf.top]
-                .into_iter()
-                .find(|name| !name.is_empty());
-            let stamp = stamp::stamp(entry.identity.0, false);
-            let below = mapped.and_then(|name| nodes::front_below(name, stamp));
-            let device = again(below.or(entry.attachment.ublk_id), go_on, make).inspect_err(|_| {
+            let device = again(entry.attachment.ublk_id, go_on, make).inspect_err(|_| {
                 // What is in the store is for the next process.
                 if !self.stored {
                     server.undo(&entry, false);
                 }
             })?;
-            if entry.attachment.ublk_id != Some(device) {
+            if self.conf.ublk_id != Some(device) {
                 entry.attachment.ublk_id = Some(device);
                 entry.attachment.node = devices::node_of(device);
                 server.keep_device(&entry, device)?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Snapshots that were left: storage, page, and the images that their origins get back.
 
-use super::left::Left;
+use super::left::{Left, Rings};
 use super::memory::{conf, passes, Memory};
 use super::origins::Origin;
 use crate::cbt::{Geometry, Numbers};
@@ -118,6 +118,12 @@ impl Found {
         let (id, origin) = (&self.conf.id, &record.origin);
         eprintln!("blksnap-datapath: snapshot {id} is lost, its image of {origin} cannot be taken over: {why}");
         self.fail(Cause::Lost, record.handle);
+    }
+
+    /// Some of its origins have I/O under way still, and others have not.
+    pub fn shares_with(&self, rings: &Rings) -> bool {
+        let mut slow = self.records.iter().map(|record| rings.contains(record.handle));
+        slow.clone().any(|slow| slow) && slow.any(|slow| !slow)
     }
 
     pub fn fail(&self, cause: Cause, origin: u32) {
