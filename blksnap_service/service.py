@@ -211,9 +211,9 @@ class Service:
 
     async def reconcile(self) -> None:
         """Bring trackers and snapshots in step with what the backends run."""
-        await self._adopt_running()
+        late = await self._adopt_running()
         for _, tracked in self.registry:
-            if tracked.tracker.last.state == "recovering":
+            if tracked.tracker.last.state == "recovering" and tracked.tracker.origin not in late:
                 await self._replace_lost(tracked.entry, "the data path ended and lost its map")
         for entry in self._catalogue.trackers:
             if entry.key not in self.registry:
@@ -225,7 +225,9 @@ class Service:
             except errors.BlksnapError as error:
                 _log.error("%s is to be tracked always, but cannot be now: %s", record.name, error)
 
-    async def _adopt_running(self) -> None:
+    async def _adopt_running(self) -> set[str]:
+        """Take over what runs and is not known here; returns the origins whose disks hang, which are told when they come."""
+        late = set[str]()
         known = {
             entry.origin: Identity.parse(entry.identity)
             for entry in self._catalogue.trackers
@@ -240,7 +242,12 @@ class Service:
                 elif name is None:
                     await self._adopt(backend.info.name, tracker, path)
                 elif self.registry.get(name).tracker.last.state == "recovering":
-                    await self.registry.refresh(name)
+                    try:
+                        await self.registry.refresh(name)
+                    except errors.TimedOut as error:
+                        _log.error("%s", error)
+                        late.add(tracker.origin)
+        return late
 
     async def _adopt(self, backend: str, tracker: Tracker, path: str) -> None:
         entry = next((one for one in self._catalogue.trackers if one.origin == tracker.origin), None)

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -87,6 +87,14 @@ def await_end(pid: int) -> None:
         while not Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z"):
             assert time.monotonic() < end, f"process {pid} does not end"
             time.sleep(0.01)
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    """Return when it holds."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def await_writes(tracked: Tracked) -> None:
@@ -233,3 +241,37 @@ def busy(control: Control, disk: Path) -> None:
             control.call("snapshot.take", snapshot=snapshot, devices=[member])
             control.call("snapshot.destroy", snapshot=snapshot)
             control.call("origin.remove", origin="a")
+
+
+def test_a_disk_that_hangs_delays_no_other(lives: Lives) -> None:
+    """The data path alone is killed while one disk owes an answer: the other origin is back at once, the first with its disk."""
+    with (
+        devices.brd(SIZE) as one,
+        devices.null_blk(SIZE) as two,
+        devices.dm("hangs", f"0 {SIZE // 512} linear {one} 0") as below,
+    ):
+        slow = nodes.tracked_top(lives.now, below, "blksnap-slow")
+        quick = nodes.tracked_top(lives.now, two, "blksnap-quick")
+        before = slow.origin.info()
+        devices.run("dmsetup", "suspend", "hangs")
+        writing = nodes.Attempt(ublk.write, slow.node, 4 * MIB, b"w" * 4096)
+        try:
+            await_true(lambda: slow.counters()["writes"] > before.counters["writes"])
+            lives.now.die()
+            ublk.write(quick.node, 0, b"q" * 4096)
+            assert quick.maps().changed(0, live=True) == {0}
+            listed = {item["origin"]: item for item in lives.now.control.call("list")["origins"]}
+            assert "does not answer" in listed[slow.origin.name]["reason"]
+            assert listed[slow.origin.name]["generation"] == before.generation
+            assert not writing.ended(0)
+        finally:
+            with lives.now.events() as events:
+                devices.run("dmsetup", "resume", "hangs")
+                await_true(lambda: slow.origin.name in {one.get("origin") for one in events.gather(0.1)})
+        assert writing.ended(PATIENCE_S)
+        assert writing.error is None
+        assert slow.origin.info().generation == before.generation
+        assert slow.maps().changed(0, live=True) == {4 * MIB >> 16}
+        assert ublk.read(slow.node)[4 * MIB : 4 * MIB + 4096] == b"w" * 4096
+        slow.remove()
+        quick.remove()
