@@ -216,6 +216,19 @@ async def test_a_data_path_that_ends_again_loses_nothing(rig: Running, fake: Fak
     assert rig.service.registry.get(device.name).tracker.last == before
 
 
+async def test_a_disk_that_hangs_keeps_its_tracker(rig: Running, fake: FakeDatapath) -> None:
+    """The data path is back, but an origin of it does not answer yet: that is waited for, and is no loss."""
+    device = await rig.tracked()
+    generation = rig.service.registry.get(device.name).tracker.last.generation
+    async with recovery(rig):
+        fake.refuse["origin.info"] = Refusal("timed-out", "its disk holds it in a write")
+    assert rig.service.registry.get(device.name).tracker.last.state == "recovering"
+    fake.refuse.clear()
+    await rig.service.reconcile()
+    last = rig.service.registry.get(device.name).tracker.last
+    assert (last.state, last.generation) == ("tracking", generation)
+
+
 @pytest.mark.parametrize("stays", [True, False])
 async def test_what_the_data_path_took_over_is_a_new_generation(
     tmp_path: Path, fake: FakeDatapath, monkeypatch: pytest.MonkeyPatch, stays: bool
