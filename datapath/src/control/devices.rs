@@ -50,6 +50,8 @@ struct Plan {
     max_io: u32,
     /// Whether the driver copies the bytes of requests, instead of lending us their pages.
     copied: bool,
+    /// See [`Queue::scanned`].
+    scanned: bool,
     flags: u64,
 }
 
@@ -86,6 +88,7 @@ pub fn make_origin_device(origin: &Origin, size: u64, read_only: bool) -> Result
         depth: DEPTH,
         max_io,
         copied,
+        scanned: features & flag::NO_AUTO_PART_SCAN != 0,
         flags: NEEDED | features & wanted,
     };
     make(&mut control, origin, features, plan)
@@ -103,6 +106,7 @@ pub fn make_image_device(origin: &Origin, id: &str, size: u64, writable: bool) -
         max_io: IMAGE_MAX_IO,
         // Its bytes come from staging, storage and origin by turns.
         copied: true,
+        scanned: false,
         flags: NEEDED | features & flag::NO_AUTO_PART_SCAN,
     };
     make(&mut control, origin, features, plan)
@@ -208,13 +212,19 @@ fn ready(
         .map_err(|error| ("the parameters of the block device", error))?;
     let buffers = Buffers::new(plan.depth, if plan.copied { plan.max_io } else { 0 })
         .map_err(|error| ("memory for the block device", error))?;
-    serve(origin, device, plan.shows.clone(), plan.depth, buffers)
+    serve(origin, device, plan.shows.clone(), (plan.depth, plan.scanned), buffers)
 }
 
 /// Opens a device, maps its memory and has the queue thread fetch all its requests.
-fn serve(origin: &Origin, device: u32, shows: Shows, depth: u16, buffers: Buffers) -> std::result::Result<(), Failure> {
+fn serve(
+    origin: &Origin,
+    device: u32,
+    shows: Shows,
+    (depth, scanned): (u16, bool),
+    buffers: Buffers,
+) -> std::result::Result<(), Failure> {
     let queue = open_char(device)
-        .and_then(|file| Queue::new(device, shows, depth, buffers, file))
+        .and_then(|file| Queue::new(device, shows, depth, scanned, buffers, file))
         .map_err(|error| ("the queue of the block device", error))?;
     let served = origin.ask(|answer| Letter::Serve(Box::new(queue), answer));
     let served = served.map_err(|refusal| ("serving the block device", io::Error::other(refusal.message)))?;
@@ -269,7 +279,7 @@ fn recover(origin: &Origin, device: u32, shows: Shows) -> Result<()> {
             Err(error) => return Err(failed("taking over the block device", &error)),
         }
     }
-    serve(origin, device, shows, info.queue_depth, buffers).map_err(|(what, error)| failed(what, &error))?;
+    serve(origin, device, shows, (info.queue_depth, true), buffers).map_err(|(what, error)| failed(what, &error))?;
     control
         .end_recovery(device)
         .map_err(|error| failed("going on with the block device", &error))?;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Errand {
-    /// START_DEV: waits for the partition table to be read, before 7.0.
+    /// START_DEV: a device that is told to read its partition table does it here, before 7.0.
     Start(u32),
     /// STOP_DEV: waits for what is under way.
     Stop(u32),

@@ -114,7 +114,7 @@ impl Control {
     }
 
     /// The block device appears. Waits until all requests were fetched, and before 7.0 until its partition table was
-    /// read through the queue thread, which is one of the process `server`.
+    /// read (see `queue::Queue::scanned`). The queue thread is one of the process `server`.
     pub fn start(&mut self, device: u32, server: u32) -> io::Result<()> {
         self.plain(uapi::START_DEV, device, u64::from(server))
     }

@@ -102,12 +102,11 @@ def await_writes(tracked: Tracked) -> None:
     ublk.await_writes(tracked, 50)
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_a_mounted_node_goes_on_as_a_new_generation(lives: Lives, tmp_path: Path, kind: str) -> None:
+def test_a_mounted_node_goes_on_as_a_new_generation(lives: Lives, tmp_path: Path) -> None:
     """Twice, under verified writes, with a snapshot that is lost: no error, what is written after is marked, fsck clean."""
-    with devices.brd(320 * MIB if kind == "xfs" else SIZE) as disk:
+    with devices.brd(SIZE) as disk:
         tracked = nodes.tracked_top(lives.now, disk, "blksnap-test")
-        nodes.make_file_system(tracked.node, kind)
+        nodes.make_file_system(tracked.node, "ext4")
         generations, node = [], tracked.node
         with nodes.mounted(node, tmp_path / "m") as target, nodes.load(target / "file", 8 * MIB):
             for _ in range(2):
@@ -130,13 +129,13 @@ def test_a_mounted_node_goes_on_as_a_new_generation(lives: Lives, tmp_path: Path
             different = ublk.differing(content, ublk.read(image), maps.reading.block_size)
             assert different
             assert different <= maps.changed(number)
-            assert nodes.is_clean(image, kind)
+            assert nodes.is_clean(image, "ext4")
         for snapshot in lives.now.control.call("list")["snapshots"]:
             lives.now.control.call("snapshot.destroy", snapshot=snapshot["snapshot"])
-        assert nodes.is_clean(node, kind)
+        assert nodes.is_clean(node, "ext4")
         tracked.remove()
         assert (ublk.fronts(), nodes.names()) == ([], set())
-        assert nodes.is_clean(disk, kind)
+        assert nodes.is_clean(disk, "ext4")
 
 
 def test_a_live_volume_goes_on_as_a_new_generation(lives: Lives, tmp_path: Path) -> None:
@@ -188,10 +187,11 @@ def test_others_devices_are_left_alone(lives: Lives, tmp_path: Path) -> None:
         theirs = Lives(other)
         try:
             tracked = nodes.tracked_top(theirs.now, one, "blksnap-theirs")
-            nodes.tracked_top(lives.now, two, "blksnap-ours")
+            ours = nodes.tracked_top(lives.now, two, "blksnap-ours")
             theirs.kill()
             lives.lose()
             assert len(ublk.fronts()) == 2
+            lives.now.control.call("origin.remove", origin=ours.origin.name)
             tracked = theirs.again(tracked)
             assert tracked.origin.info().state == "tracking"
             tracked.remove()
@@ -211,7 +211,7 @@ def test_deaths_at_any_moment_of_an_attach_leave_nothing_behind(lives: Lives) ->
             lives.lose()
             assert attempt.ended(PATIENCE_S)
             served = lives.now.control.call("list")["origins"]
-            assert ublk.fronts() == [f"ublkc{one['ublk_id']}" for one in served]
+            assert ublk.fronts() == [f"ublkc{one['ublk_id']}" for one in served], lives.now.story()
             assert nodes.names() == {one["top"] for one in served}
             assert all(one["state"] == "tracking" for one in served)
             for one in served:
@@ -256,7 +256,8 @@ def test_a_disk_that_hangs_delays_no_other(lives: Lives) -> None:
         devices.run("dmsetup", "suspend", "hangs")
         writing = nodes.Attempt(ublk.write, slow.node, 4 * MIB, b"w" * 4096)
         try:
-            await_true(lambda: slow.counters()["writes"] > before.counters["writes"])
+            # Marked before it is on its way to the disk.
+            await_true(lambda: bool(slow.maps().changed(0, live=True)))
             lives.now.die()
             ublk.write(quick.node, 0, b"q" * 4096)
             assert quick.maps().changed(0, live=True) == {0}
