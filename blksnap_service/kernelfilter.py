@@ -56,7 +56,7 @@ class KernelFilter:
         else:
             snapshots.low_space(event.snapshot, event.used, event.limit)
 
-    async def look_around(self, registry: Registry, adopt_running: Callable[[], Awaitable[None]]) -> None:
+    async def look_around(self, registry: Registry, adopt_running: Callable[[], Awaitable[object]]) -> None:
         """Find devices others attached it to, and what they did since."""
         if self.backend.is_to_be_searched:
             await adopt_running()

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from blksnap_service import errors, inventory, kernelfilter, snapshot, sysblock, trackers
+from blksnap_service import errors, inventory, kernelfilter, snapshot, trackers
 from blksnap_service.backends.blkfilter.backend import FilterBackend
 from blksnap_service.backends.datapath.engine import DatapathEngine
 from blksnap_service.backends.nbd.backend import NbdBackend
@@ -212,9 +212,9 @@ class Service:
 
     async def reconcile(self) -> None:
         """Bring trackers and snapshots in step with what the backends run."""
-        await self._adopt_running()
+        late = await self._adopt_running()
         for _, tracked in self.registry:
-            if tracked.tracker.last.state == "recovering":
+            if tracked.tracker.last.state == "recovering" and tracked.tracker.origin not in late:
                 await self._replace_lost(tracked.entry, "the data path ended and lost its map")
         for entry in self._catalogue.trackers:
             if entry.key not in self.registry:
@@ -226,7 +226,9 @@ class Service:
             except errors.BlksnapError as error:
                 _log.error("%s is to be tracked always, but cannot be now: %s", record.name, error)
 
-    async def _adopt_running(self) -> None:
+    async def _adopt_running(self) -> set[str]:
+        """Take over what runs and is not known here; returns the origins whose disks hang, which are told when they come."""
+        late = set[str]()
         known = {
             entry.origin: Identity.parse(entry.identity)
             for entry in self._catalogue.trackers
@@ -241,7 +243,12 @@ class Service:
                 elif name is None:
                     await self._adopt(backend.info.name, tracker, path)
                 elif self.registry.get(name).tracker.last.state == "recovering":
-                    await self.registry.refresh(name)
+                    try:
+                        await self.registry.refresh(name)
+                    except errors.TimedOut as error:
+                        _log.error("%s", error)
+                        late.add(tracker.origin)
+        return late
 
     async def _adopt(self, backend: str, tracker: Tracker, path: str) -> None:
         entry = next((one for one in self._catalogue.trackers if one.origin == tracker.origin), None)
@@ -291,18 +298,15 @@ class Service:
             if self._datapath.trouble:
                 raise errors.NotAvailable(self._datapath.trouble) from error
             self.registry.forget(entry.key)
-            if entry.persistent or self._is_waited_for(entry):
+            if entry.persistent:
                 _log.error("%s is to be tracked, but cannot be now: %s", entry.path, error)
                 return
             _log.error("%s is not tracked any more: %s", entry.path, error)
             await self._catalogue.trackers.drop(entry.key)
 
     async def _follow_up(self, entry: TrackerEntry) -> None:
-        """Deal with a tracker that ended while no service ran: it is wanted always, or somebody waits for it, or it is lost."""
-        ended = "the data path ended while no service ran"
-        if self._is_waited_for(entry):
-            await self._replace_lost(entry, ended)
-        elif entry.persistent and entry.backend == kernelfilter.NAME:
+        """Deal with a tracker that ended while no service ran: it is wanted always, or it is lost."""
+        if entry.persistent and entry.backend == kernelfilter.NAME:
             await self._filter.attach_again(entry, self.registry, self.inventory)
         elif not entry.persistent:
             _log.warning("%s is not tracked any more: what tracked it has ended", entry.path)
@@ -311,19 +315,7 @@ class Service:
             # Another disk may have its name now: the record says which one it is.
             await self._catalogue.trackers.drop(entry.key)
         else:
-            await self._replace_lost(entry, ended)
-
-    def _is_waited_for(self, entry: TrackerEntry) -> bool:
-        """Whether the ublk device of a tracker is there and serves nobody, so that who uses it waits.
-
-        One of the same number from after a boot, or of another tracker, is another one.
-        """
-        if entry.ublk_id < 0 or not sysblock.ublk_number(entry.ublk_id):
-            return False
-        if any(tracked.tracker.placement.ublk_id == entry.ublk_id for _, tracked in self.registry):
-            return False
-        booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        return entry.attached_at / 1e6 > booted_at
+            await self._replace_lost(entry, "the data path ended while no service ran")
 
     # What happens by itself.
 
@@ -352,6 +344,8 @@ class Service:
             return
         if event.name == "origin.recovered":
             _log.warning("%s goes on after a death of the data path", fields.text("origin"))
+            # One whose disk hung comes later than the others.
+            await self._adopt_running()
             return
         if not event.name.startswith("snapshot."):
             _log.debug("the data path told %s, which this service does not know", event.name)

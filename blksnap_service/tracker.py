@@ -33,6 +33,8 @@ class TrackerReading:
     clients: int
     snapshots: tuple[str, ...]
     counters: Mapping[str, int]
+    reset: str = ""
+    """Why the backend began this generation by itself; empty when it did not."""
 
     @property
     def changes(self) -> int:

@@ -241,7 +241,7 @@ class Registry:
             self.forget(name)
             return
         if now.generation != before.generation:
-            reason = reason or "the map could not be trusted any more"
+            reason = reason or now.reset or "the map could not be trusted any more"
             await self._note_reset(name, tracked, reason)
         elif now.state == "broken" != before.state:
             await self._note_reset(name, tracked, now.reason)
@@ -273,7 +273,8 @@ class Registry:
         """Take over a tracker that runs already, unless it was just attached here."""
         async with self.lock(device.name):
             if device.name not in self._tracked:
-                await self._admit(device.name, tracker, entry, entry.last_reset)
+                last_reset = tracker.last.reset or entry.last_reset
+                await self._admit(device.name, tracker, entry, last_reset)
 
     def forget(self, name: str) -> None:
         """Drop a tracker that is gone; the catalogue is not touched."""

@@ -166,6 +166,8 @@ class OriginReading:
     """The device-mapper device the data path made on top, or empty."""
     insert: str
     """The live device-mapper device it was put under, or empty."""
+    reset: str
+    """Why the data path began this generation by itself; empty when it did not."""
 
     @classmethod
     def parse(cls, source: object) -> OriginReading:
@@ -200,6 +202,7 @@ class OriginReading:
             ublk_id=fields.number("ublk_id") if ublk else -1,
             top=fields.text("top") if ublk else "",
             insert=fields.text("insert") if ublk else "",
+            reset=fields.text("reset") if "reset" in fields else "",
         )
 
 

@@ -2,10 +2,11 @@
 //! `blksnap-datapath --runtime-dir DIR`: the process that serves I/O (docs/datapath-protocol.md); with `--hold` the one
 //! that starts it again when it dies.
 
-use blksnap_datapath::control::freezer;
 use blksnap_datapath::control::server::Server;
+use blksnap_datapath::control::{errand, freezer};
 use blksnap_datapath::snapshot::Bell;
 use blksnap_datapath::store::{Inherited, Name};
+use blksnap_datapath::ublk::stamp;
 use blksnap_datapath::{hold, lock, recover, sys, udev};
 use std::fs::File;
 use std::io::{self, Write};
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         [Some("--resume")] => freezer::run_resume()
             .map(|()| 0)
             .map_err(|error| (1, format!("resuming: {error}"))),
+        [Some("--errand"), words @ ..] => errand::serve(words).map(|()| 0).ok_or((2, USAGE.into())),
         [Some("--hold"), Some("--runtime-dir"), _] => hold::run(&PathBuf::from(&arguments[2])),
         _ => {
             eprintln!("{USAGE}");
@@ -81,7 +83,8 @@ fn run(directory: &Path) -> Result<(), Failure> {
     }
     let bell = Bell::new().map_err(|error| (1, format!("no event descriptor: {error}")))?;
     let life = recover::life_after(fds.keys());
-    udev::begin(directory, life == 1);
+    udev::begin(directory);
+    stamp::begin(directory);
     let server = Arc::new(Server::new(directory.to_owned(), bell, Arc::new(store), life));
     let keep = |name, fd| server.keep_one(name, fd).map_err(|error| (1, error.to_string()));
     keep(Name::Lock, (!stored).then_some(lock.as_fd()))?;

@@ -58,6 +58,15 @@ impl Origin {
         self.file.as_raw_fd()
     }
 
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// 0: not known, or it says nothing (device-mapper).
+    pub fn diskseq(&self) -> u64 {
+        self.diskseq
+    }
+
     pub fn node(&self) -> Node {
         self.node
     }

@@ -2,6 +2,7 @@
 //! What udev is told about origins and about devices of ours, in files its rules read (docs/datapath-protocol.md, "What
 //! udev is told"; dbus/udev). Nothing here can fail an operation: without udev there is nobody to be told.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::io;
@@ -59,12 +60,16 @@ impl Role<'_> {
 /// The files of this process; who makes devices says so from anywhere. Before [`begin`], nobody is told anything.
 static FILES: OnceLock<Files> = OnceLock::new();
 
-/// Says from now on what devices are for, in the directory `udev` of a runtime directory. `anew`: nothing of what a data
-/// path said before goes on.
-pub fn begin(runtime_directory: &Path, anew: bool) {
-    let files = FILES.get_or_init(|| Files::new(runtime_directory));
-    if anew {
-        files.forget_all();
+/// Says from now on what devices are for, in the directory `udev` of a runtime directory. What a data path said before
+/// goes on until [`forget_all_but`].
+pub fn begin(runtime_directory: &Path) {
+    FILES.get_or_init(|| Files::new(runtime_directory));
+}
+
+/// Forgets all devices but these: a data path that ended without a word may have left some.
+pub fn forget_all_but(kernel_names: &BTreeSet<String>) {
+    if let Some(files) = FILES.get() {
+        files.forget_all_but(kernel_names);
     }
 }
 
@@ -112,12 +117,13 @@ impl Files {
         let _ = fs::remove_file(self.directory.join(kernel_name));
     }
 
-    /// Forgets what a data path said that ended without a word and has left nothing to go on with; its origins are looked
-    /// at again.
-    fn forget_all(&self) {
+    /// Those that are forgotten are looked at again.
+    fn forget_all_but(&self, kernel_names: &BTreeSet<String>) {
         for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
-            let _ = fs::remove_file(entry.path());
-            if let Some(name) = entry.file_name().to_str() {
+            let name = entry.file_name();
+            let name = name.to_str().unwrap_or_default();
+            if !kernel_names.contains(name) {
+                let _ = fs::remove_file(entry.path());
                 look_again(name);
             }
         }
@@ -132,7 +138,12 @@ pub fn look_again(kernel_name: &str) {
 
 /// What the kernel calls the block device of that number; None when it is not there (any more).
 pub fn kernel_name(device: u64) -> Option<String> {
-    let target = fs::read_link(crate::sys::sysfs_of(device)).ok()?;
+    kernel_name_at(&crate::dm::table::number(device))
+}
+
+/// As [`kernel_name`], of the number as the kernel writes it ("259:3").
+pub fn kernel_name_at(number: &str) -> Option<String> {
+    let target = fs::read_link(Path::new("/sys/dev/block").join(number)).ok()?;
     Some(target.file_name()?.to_str()?.to_owned())
 }
 
@@ -179,7 +190,10 @@ mod tests {
         );
         files.forget("ublkb7");
         assert!(read("ublkb7").is_err());
-        files.forget_all();
+        files.say("ublkb8", image);
+        files.forget_all_but(&BTreeSet::from(["ublkb8".to_owned()]));
+        assert!(read("ublkb8").is_ok() && read("nosuch0").is_err());
+        files.forget_all_but(&BTreeSet::new());
         assert_eq!(fs::read_dir(runtime.join("udev")).unwrap().count(), 0);
         fs::remove_dir_all(runtime).unwrap();
     }

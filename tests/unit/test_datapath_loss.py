@@ -216,23 +216,48 @@ async def test_a_data_path_that_ends_again_loses_nothing(rig: Running, fake: Fak
     assert rig.service.registry.get(device.name).tracker.last == before
 
 
-async def test_ublk_devices_left_behind_are_taken_over(
-    tmp_path: Path, fake: FakeDatapath, monkeypatch: pytest.MonkeyPatch
+async def test_a_disk_that_hangs_keeps_its_tracker(rig: Running, fake: FakeDatapath) -> None:
+    """The data path is back, but an origin of it does not answer yet: that is waited for, and is no loss."""
+    device = await rig.tracked()
+    generation = rig.service.registry.get(device.name).tracker.last.generation
+    async with recovery(rig):
+        fake.refuse["origin.info"] = Refusal("timed-out", "its disk holds it in a write")
+    assert rig.service.registry.get(device.name).tracker.last.state == "recovering"
+    fake.refuse.clear()
+    await rig.service.reconcile()
+    last = rig.service.registry.get(device.name).tracker.last
+    assert (last.state, last.generation) == ("tracking", generation)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+async def test_what_the_data_path_took_over_is_a_new_generation(
+    tmp_path: Path, fake: FakeDatapath, monkeypatch: pytest.MonkeyPatch, stays: bool
 ) -> None:
-    """Whoever has the node mounted waits for them: also when no service ran, and nobody asked for that."""
-    machine = Machine(tmp_path, monkeypatch)
-    device = machine.disk("sdb")
-    async with running_service(tmp_path, fake) as first:
+    """Killed with its holder, it goes on with nodes that are mounted: the reason is told, to a service that was there or not."""
+    device = Machine(tmp_path, monkeypatch).disk("sdb")
+    reset = "nobody knows"
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(running_service(tmp_path, fake))
         first.service.inventory.keep(device)
         first.blocks.devices[device.name] = device
         await first.service.registry.attach(device, owner_uid=1000)
         generation = first.service.registry.get(device.name).tracker.last.generation
-    machine.disk("ublkb0")
-    await asyncio.to_thread(fake.close)
-    with running(fake.runtime_dir) as another:
-        async with running_service(tmp_path, another, blocks=first.blocks) as second:
-            after = second.service.registry.get(device.name)
-            assert after.tracker.last.generation != generation
-            assert after.entry.owner_uid == 1000
-            assert "while no service ran" in after.entry.last_reset
-            assert (after.entry.top, after.entry.ublk_id) == ("blksnap-sdb", 0)
+        if not stays:
+            await stack.aclose()
+            await asyncio.to_thread(fake.close)
+            another = stack.enter_context(running(fake.runtime_dir))
+            another.take_over(device.origin, Path(device.path), top="blksnap-sdb", reset=reset)
+            first = await stack.enter_async_context(running_service(tmp_path, another, blocks=first.blocks))
+        else:
+            since = first.service.reconciled
+            fake.accepting.clear()
+            await asyncio.to_thread(fake.drop_connections)
+            await first.told("backends")
+            fake.origins.pop(device.origin).close()
+            fake.take_over(device.origin, Path(device.path), top="blksnap-sdb", reset=reset)
+            fake.accepting.set()
+            await settled(first, since)
+        after = first.service.registry.get(device.name)
+        assert after.tracker.last.generation != generation
+        assert (after.entry.owner_uid, after.entry.last_reset) == (1000, reset)
+        assert (after.entry.top, after.tracker.last.state) == ("blksnap-sdb", "tracking")

@@ -42,6 +42,7 @@ def tracker_reading(reading: OriginReading) -> TrackerReading:
         clients=reading.clients,
         snapshots=reading.snapshots,
         counters=reading.counters,
+        reset=reading.reset,
     )
 
 

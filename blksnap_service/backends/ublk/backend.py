@@ -64,20 +64,18 @@ class UblkBackend(DatapathBackend):
     def place(self, device: Device, before: Placement) -> Place:
         """Open it for exclusive use, or choose to get under it. Blocks.
 
-        A ublk device that a tracker left there, whose users wait for it, is to be taken over. Raises as ``open_origin``, and
-        what ``refusal`` returns.
+        Raises as ``open_origin``, and what ``refusal`` returns.
         """
         if (refusal := self.refusal(device)) is not None:
             raise refusal
-        left = before.ublk_id if before.ublk_id >= 0 and sysblock.ublk_number(before.ublk_id) else -1
         try:
             origin = open_origin(device)
         except errors.Busy as error:
             if not self._can_insert(device):
                 raise _busy(device) from error
-            return Place(device.identity, None, Placement("", _live_name(device), left))
+            return Place(device.identity, None, Placement("", _live_name(device)))
         top = (before.top or top_name(device)) if self._datapath.hello.dm.available else ""
-        return Place(origin.identity, origin, Placement(top, "", left))
+        return Place(origin.identity, origin, Placement(top))
 
     def in_use(self, tracker: Tracker) -> str:
         """Return what uses the node, and what to do."""

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Block devices: made, found in use, stopped and forgotten. Every wait for the driver is here, on control threads.
+//! Block devices: made, grown, taken over after a death. How they end is in [`ends`](super::ends).
 //!
 //! ```text
 //!  ADD → parameters → open, map → Serve (the queue thread fetches) → START → a node in /dev
-//!  fsync → STOP (the queue thread answers what is left) → Unserve → DEL
 //!  (after a death) START_USER_RECOVERY → open, map → Serve → END_USER_RECOVERY
 //! ```
 
+use super::ends::delete;
+use super::errand::Errand;
 use super::error::{Refusal, Result};
-use super::node::Node;
+use super::node::{Device, Node};
 use super::registry::{Origin, ANSWER_S};
 use crate::engine::mail::Letter;
 use crate::engine::ublk::{DEPTH, IMAGE_DEPTH};
@@ -16,12 +17,11 @@ use crate::engine::Front;
 use crate::ublk::control::{open_char, unavailable, Control, NEEDED};
 use crate::ublk::params::{Sysfs, IMAGE_MAX_IO};
 use crate::ublk::queue::{Buffers, Queue, Shows};
-use crate::ublk::uapi::{flag, state, DeviceInfo, Params, BLOCK_PATH};
+use crate::ublk::stamp;
+use crate::ublk::uapi::{flag, state, Params, BLOCK_PATH, SECTOR};
 use crate::udev::{self, Role};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::sync::mpsc::sync_channel;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -50,6 +50,8 @@ struct Plan {
     max_io: u32,
     /// Whether the driver copies the bytes of requests, instead of lending us their pages.
     copied: bool,
+    /// See [`Queue::scanned`].
+    scanned: bool,
     flags: u64,
 }
 
@@ -57,7 +59,7 @@ pub fn node_of(device: u32) -> String {
     format!("{BLOCK_PATH}{device}")
 }
 
-fn open() -> Result<Control> {
+pub(super) fn open() -> Result<Control> {
     Control::open().map_err(|error| Refusal::invalid_state(unavailable(&error)))
 }
 
@@ -86,6 +88,7 @@ pub fn make_origin_device(origin: &Origin, size: u64, read_only: bool) -> Result
         depth: DEPTH,
         max_io,
         copied,
+        scanned: features & flag::NO_AUTO_PART_SCAN != 0,
         flags: NEEDED | features & wanted,
     };
     make(&mut control, origin, features, plan)
@@ -103,6 +106,7 @@ pub fn make_image_device(origin: &Origin, id: &str, size: u64, writable: bool) -
         max_io: IMAGE_MAX_IO,
         // Its bytes come from staging, storage and origin by turns.
         copied: true,
+        scanned: false,
         flags: NEEDED | features & flag::NO_AUTO_PART_SCAN,
     };
     make(&mut control, origin, features, plan)
@@ -122,25 +126,51 @@ fn features(control: &mut Control) -> Result<u64> {
 
 fn make(control: &mut Control, origin: &Origin, features: u64, plan: Plan) -> Result<u32> {
     let failed = |what: &str, error: &io::Error| Refusal::io(&format!("{what} of {}", origin.name), error);
+    let stamp = stamp::stamp(origin.identity.0, plan.shows != Shows::Origin);
     let info = control
-        .add(plan.depth, plan.max_io, plan.flags)
+        .add(plan.depth, plan.max_io, plan.flags, stamp)
         .map_err(|error| failed("a block device", &error))?;
     let device = info.dev_id;
     announce(origin, device, &plan.shows);
-    let made = make_added(control, origin, device, info.flags, &plan);
-    match made {
-        Ok(()) => {
-            tune(device, plan.depth, features);
-            Ok(device)
-        }
-        Err((what, error)) => {
-            // Started or not: stopping ends what was fetched.
-            let _ = control.stop(device);
-            let _ = origin.ask(|answer| Letter::Unserve(device, answer));
-            let _ = delete(control, device);
-            Err(failed(what, &error))
-        }
+    if let Err((what, error)) = ready(control, origin, device, info.flags, &plan) {
+        let _ = origin.ask(|answer| Letter::Unserve(device, answer));
+        let _ = delete(control, device);
+        return Err(failed(what, &error));
     }
+    start(origin, device)?;
+    tune(device, plan.depth, features);
+    Ok(device)
+}
+
+/// The block device appears. Raised (timed-out) when a disk holds that up; all is taken back as soon as it can be.
+fn start(origin: &Origin, device: u32) -> Result<()> {
+    let what = format!("starting a block device for {}", origin.name);
+    let mut starting = Errand::Start(device).begin(what, None)?;
+    let started = starting.wait(Some(Duration::from_secs(ANSWER_S)));
+    let Err(refusal) = started else { return Ok(()) };
+    let late = refusal.code == "timed-out";
+    let queue = origin.clone();
+    let mut undo = move || {
+        if late {
+            let _ = starting.wait(None);
+        }
+        // Started or not: stopping ends what was fetched.
+        let stopped = Errand::Stop(device).begin(node_of(device), None);
+        let _ = stopped.and_then(|mut stopping| stopping.wait(None));
+        let _ = queue.ask(|answer| Letter::Unserve(device, answer));
+        let _ = open().map(|mut control| delete(&mut control, device));
+    };
+    match late {
+        false => undo(),
+        // Until then the driver holds a lock on the device, and its requests need the queue thread.
+        true => drop(
+            std::thread::Builder::new()
+                .name("undo".into())
+                .stack_size(128 << 10)
+                .spawn(undo),
+        ),
+    }
+    Err(refusal)
 }
 
 /// Tells udev what a device is for, before it appears.
@@ -163,15 +193,10 @@ fn announce(origin: &Origin, device: u32, shows: &Shows) {
     udev::say(&format!("ublkb{device}"), role);
 }
 
-fn delete(control: &mut Control, device: u32) -> io::Result<()> {
-    let deleted = control.delete(device);
-    udev::forget(&format!("ublkb{device}"));
-    deleted
-}
-
 type Failure = (&'static str, io::Error);
 
-fn make_added(
+/// All before START.
+fn ready(
     control: &mut Control,
     origin: &Origin,
     device: u32,
@@ -187,16 +212,19 @@ fn make_added(
         .map_err(|error| ("the parameters of the block device", error))?;
     let buffers = Buffers::new(plan.depth, if plan.copied { plan.max_io } else { 0 })
         .map_err(|error| ("memory for the block device", error))?;
-    serve(origin, device, plan.shows.clone(), plan.depth, buffers)?;
-    control
-        .start(device)
-        .map_err(|error| ("starting the block device", error))
+    serve(origin, device, plan.shows.clone(), (plan.depth, plan.scanned), buffers)
 }
 
 /// Opens a device, maps its memory and has the queue thread fetch all its requests.
-fn serve(origin: &Origin, device: u32, shows: Shows, depth: u16, buffers: Buffers) -> std::result::Result<(), Failure> {
+fn serve(
+    origin: &Origin,
+    device: u32,
+    shows: Shows,
+    (depth, scanned): (u16, bool),
+    buffers: Buffers,
+) -> std::result::Result<(), Failure> {
     let queue = open_char(device)
-        .and_then(|file| Queue::new(device, shows, depth, buffers, file))
+        .and_then(|file| Queue::new(device, shows, depth, scanned, buffers, file))
         .map_err(|error| ("the queue of the block device", error))?;
     let served = origin.ask(|answer| Letter::Serve(Box::new(queue), answer));
     let served = served.map_err(|refusal| ("serving the block device", io::Error::other(refusal.message)))?;
@@ -208,7 +236,7 @@ fn serve(origin: &Origin, device: u32, shows: Shows, depth: u16, buffers: Buffer
 ///
 /// To be done before [`recover_image_device`] of the same origin: that this succeeds means that every operation of the
 /// old queue thread has ended (its ring held the device until then). Raised (not-found) when the device is gone or was
-/// never started: [`forget_device`] it and make another; (timed-out) when old operations do not end.
+/// never started: [`forget_device`](super::ends::forget_device) it and make another; (timed-out) when old operations do not end.
 pub fn recover_origin_device(origin: &Origin, device: u32) -> Result<()> {
     recover(origin, device, Shows::Origin)
 }
@@ -216,27 +244,6 @@ pub fn recover_origin_device(origin: &Origin, device: u32) -> Result<()> {
 /// As [`recover_origin_device`], for the device of the image that snapshot `id` has of it.
 pub fn recover_image_device(origin: &Origin, device: u32, id: &str) -> Result<()> {
     recover(origin, device, Shows::Image(id.to_owned()))
-}
-
-/// Ends a device that nobody serves and forgets it: its I/O fails.
-pub fn forget_device(device: u32) -> Result<()> {
-    let mut control = open()?;
-    let _ = control.stop(device);
-    delete(&mut control, device).map_err(|error| Refusal::io(&format!("removing {}", node_of(device)), &error))
-}
-
-/// Forgets a device of which a data path that died has said that it was to go. Not one in service: its number may be
-/// another's by now.
-pub fn forget_orphan(device: u32) {
-    let waits = |info: DeviceInfo| matches!(info.state, state::DEAD | state::QUIESCED);
-    let orphan = Control::open()
-        .and_then(|mut control| control.info(device))
-        .is_ok_and(waits);
-    if orphan {
-        if let Err(refusal) = forget_device(device) {
-            eprintln!("blksnap-datapath: {}", refusal.message);
-        }
-    }
 }
 
 fn recover(origin: &Origin, device: u32, shows: Shows) -> Result<()> {
@@ -272,7 +279,7 @@ fn recover(origin: &Origin, device: u32, shows: Shows) -> Result<()> {
             Err(error) => return Err(failed("taking over the block device", &error)),
         }
     }
-    serve(origin, device, shows, info.queue_depth, buffers).map_err(|(what, error)| failed(what, &error))?;
+    serve(origin, device, shows, (info.queue_depth, true), buffers).map_err(|(what, error)| failed(what, &error))?;
     control
         .end_recovery(device)
         .map_err(|error| failed("going on with the block device", &error))?;
@@ -291,119 +298,32 @@ fn tune(device: u32, depth: u16, features: u64) {
     }
 }
 
-/// Ends the device of an origin; what its page cache holds is written first. `force`: also when somebody uses it, whose
-/// I/O then fails. Raised (busy) otherwise, (timed-out) when a disk holds it up: it may be tried again.
-pub fn end_origin_device(origin: &Origin, device: u32, force: bool) -> Result<()> {
-    let node = node_of(device);
-    let held = claim(&node, force)?;
-    if let Some(file) = held {
-        // The driver fails writes that come after STOP, those of the page cache among them. The claim is kept until
-        // then: nobody mounts the node meanwhile.
-        let flushed = within(&format!("flushing {node}"), move || file.sync_all().map(|()| file));
-        match flushed {
-            Ok(claim) => return end(origin, device, Some(claim)),
-            Err(refusal) if !force => return Err(refusal),
-            Err(_) => {}
-        }
-    }
-    end(origin, device, None)
-}
-
-/// Ends the device of an image, whoever uses it.
-pub fn end_image_device(origin: &Origin, device: u32) -> Result<()> {
-    end(origin, device, None)
-}
-
-fn end(origin: &Origin, device: u32, claim: Option<File>) -> Result<()> {
-    halt(origin, device, claim)?;
-    match delete(&mut open()?, device) {
-        Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
-            Err(Refusal::io(&format!("removing {}", node_of(device)), &error))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Ends the service of a device, which stays until [`forget_device`].
-pub fn halt(origin: &Origin, device: u32, claim: Option<File>) -> Result<()> {
-    let node = node_of(device);
-    let stopping = move || {
-        let stopped = Control::open()?.stop(device);
-        drop(claim);
-        match stopped {
-            // Gone already: it was tried before.
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
-            done => done,
-        }
-    };
-    within(&format!("stopping {node}"), stopping)?;
-    origin.ask(|answer| Letter::Unserve(device, answer))
-}
-
-/// Does on a thread of its own what a disk may hold up for ever. Raised (timed-out) when that takes too long; it goes on.
-fn within<T: Send + 'static>(what: &str, work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T> {
-    let (answer, answered) = sync_channel(1);
-    std::thread::Builder::new()
-        .name("device".into())
-        .stack_size(256 << 10)
-        .spawn(move || answer.send(work()))
-        .map_err(|error| Refusal::io(what, &error))?;
-    let done = answered.recv_timeout(Duration::from_secs(ANSWER_S));
-    let done = done.map_err(|_| Refusal::timed_out(format!("{what} takes too long: a disk owes an answer")))?;
-    done.map_err(|error| Refusal::io(what, &error))
-}
-
-/// Refuses to grow a device where the driver cannot.
-pub fn check_growth(device: u32) -> Result<()> {
+/// Whether a device can be told another size (6.16).
+pub fn can_grow(device: u32) -> Result<bool> {
     let info = open()?.info(device);
     let info = info.map_err(|error| Refusal::io(&format!("asking for {}", node_of(device)), &error))?;
-    if info.flags & flag::UPDATE_SIZE == 0 {
-        return Err(Refusal::invalid_state(format!(
-            "{} cannot grow on this kernel (6.16 can): remove it and add the origin again",
-            node_of(device)
-        )));
+    Ok(info.flags & flag::UPDATE_SIZE != 0)
+}
+
+/// The block device as it is now.
+pub fn number_and_size(device: u32) -> io::Result<Device> {
+    let read = |name: &str| fs::read_to_string(format!("/sys/block/ublkb{device}/{name}"));
+    let number = |text: &str| -> Option<u64> {
+        let (major, minor) = text.trim_end().split_once(':')?;
+        Some(libc::makedev(major.parse().ok()?, minor.parse().ok()?))
+    };
+    let (dev, size) = (read("dev")?, read("size")?);
+    match (number(&dev), size.trim_end().parse::<u64>()) {
+        (Some(number), Ok(sectors)) => Ok(Device {
+            number,
+            size: sectors * SECTOR,
+        }),
+        _ => Err(io::ErrorKind::InvalidData.into()),
     }
-    Ok(())
 }
 
 /// Tells a device that it has `size` bytes now.
 pub fn grow(device: u32, size: u64) -> Result<()> {
     let grown = open()?.update_size(device, size);
     grown.map_err(|error| Refusal::io(&format!("growing {}", node_of(device)), &error))
-}
-
-/// A node that is in use, in words.
-pub fn used(node: &str) -> Refusal {
-    Refusal::busy(format!(
-        "{node} is in use: it is mounted, or another device or program holds it"
-    ))
-}
-
-/// Claims a node for ourselves, so that nobody mounts it any more. None: it is gone, or in use and `force`.
-fn claim(node: &str, force: bool) -> Result<Option<File>> {
-    let exclusive = |flags: i32| File::options().read(true).custom_flags(flags).open(node);
-    match exclusive(libc::O_EXCL) {
-        Ok(file) => Ok(Some(file)),
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) && !force => Err(used(node)),
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(exclusive(0).ok()),
-        Err(_) => Ok(None),
-    }
-}
-
-/// Whether a node is mounted or held by another device, as far as that is to be seen without opening it (which could
-/// make somebody's mount fail). A program that has it open is not seen.
-pub fn in_use(device: u32) -> bool {
-    let directory = format!("/sys/block/ublkb{device}");
-    let held = fs::read_dir(format!("{directory}/holders")).is_ok_and(|mut holders| holders.next().is_some());
-    held || fs::read_to_string(format!("{directory}/dev")).is_ok_and(|number| is_mounted(number.trim()))
-}
-
-/// `number`: as "259:3".
-fn is_mounted(number: &str) -> bool {
-    // Ours, and that of everybody: we may run in a mount namespace of our own.
-    ["/proc/self/mountinfo", "/proc/1/mountinfo"].iter().any(|path| {
-        let text = fs::read_to_string(path).unwrap_or_default();
-        // The third field is the device's number.
-        text.lines().any(|line| line.split(' ').nth(2) == Some(number))
-    })
 }

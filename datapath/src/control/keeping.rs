@@ -57,7 +57,9 @@ pub struct SnapshotConf {
 /// Dropped in this order: first what makes it exist.
 #[derive(Debug)]
 pub struct KeptOrigin {
-    _conf: Kept,
+    conf: Kept,
+    /// Rewritings of it.
+    version: u32,
     _file: Kept,
     _listener: Kept,
     _ring: Kept,
@@ -78,9 +80,10 @@ impl KeptOrigin {
     /// Its block device is known now: what it was told at its beginning is told anew.
     pub fn has_device(&mut self, server: &Server, conf: &OriginConf) -> Result<()> {
         let (life, handle) = (server.life, conf.handle);
-        let (version, name) = (1, |version| Name::Origin { life, handle, version });
+        self.version += 1;
+        let version = self.version;
         // The new one is there before the old one goes: there is no moment without.
-        self._conf = server.keep(name(version), conf_memory(conf)?.reader())?;
+        self.conf = server.keep(Name::Origin { life, handle, version }, conf_memory(conf)?.reader())?;
         server.store_sync()
     }
 }
@@ -158,7 +161,8 @@ impl Server {
         let version = 0;
         let name = Name::Origin { life, handle, version };
         Ok(KeptOrigin {
-            _conf: self.keep(name, conf_memory(conf)?.reader())?,
+            conf: self.keep(name, conf_memory(conf)?.reader())?,
+            version,
             _file: file,
             _listener: listener,
             _ring: ring,
@@ -169,10 +173,10 @@ impl Server {
     }
 
     /// Keeps which block device an origin has.
-    pub fn keep_device(&self, origin: &super::registry::Origin, conf: &OriginConf, device: u32) -> Result<()> {
+    pub fn keep_device(&self, origin: &super::registry::Origin, device: u32) -> Result<()> {
         let conf = OriginConf {
             ublk_id: Some(device),
-            ..conf.clone()
+            ..(*origin.conf).clone()
         };
         match origin.kept.lock().expect("a panic aborts the process").as_mut() {
             Some(kept) => kept.has_device(self, &conf),

@@ -1,11 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! What a data path that was killed may leave in device-mapper: devices suspended, tables loaded and not used, devices of
-//! an origin that nobody serves.
+//! What a data path that was killed may leave: devices suspended, tables loaded and not used, ublk and device-mapper
+//! devices of origins that nobody serves. Only ours: ublk devices by their stamp, the others by the notes of origins.
 
+use super::ends;
+use super::errand::Errand;
 use super::node::{remove, swap, SUFFIX, TOP, UNDER};
+use super::notes::Note;
+use super::server::Server;
 use crate::dm::{Dm, Status, Table, Udev, PREFIX};
-use std::collections::BTreeMap;
+use crate::ublk::control::{self, Control};
+use crate::ublk::stamp;
+use crate::udev;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::time::{Duration, Instant};
+
+/// How long stopping devices may take until others are served.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Lets I/O go on at every device we may have suspended: our own, and the live ones we are under. A table that was loaded
 /// and not used is forgotten. The names of those that were suspended.
@@ -30,43 +41,137 @@ pub fn resume_all_ours(dm: &Dm) -> io::Result<Vec<String>> {
     Ok(resumed)
 }
 
-/// Takes back what belongs to no origin: live devices not in `known` get their own tables, the devices under them and
-/// unused tops go. Their front devices must be stopped before, or I/O in flight on them would be waited for in vain.
+/// Takes away what belongs to no origin: ublk devices of this runtime directory that nobody serves, and the
+/// device-mapper devices of `unfit` origins. Users of those get errors, or (where device-mapper can do it) go on without us.
 ///
-/// What could not be taken back, with the reason.
-pub fn sweep(dm: &Dm, known: &[&str]) -> io::Result<Vec<(String, io::Error)>> {
-    let mut kept = Vec::new();
-    for (name, status) in ours(dm)? {
-        let owner = live_of(&status).unwrap_or_else(|| name.clone());
-        if known.contains(&owner.as_str()) {
+/// To be called when nothing else makes devices. What cannot go now is noted still, and goes when the next data path begins.
+pub fn clear(server: &Server, unfit: &[Note]) {
+    let said = |what: &str, why: &dyn std::fmt::Display| eprintln!("blksnap-datapath: {what} is left: {why}");
+    let orphans = orphans(server);
+    let mut stuck = Vec::new();
+    let stopping: Vec<_> = orphans
+        .iter()
+        .map(|device| {
+            (
+                *device,
+                Errand::Stop(*device).begin(format!("stopping ublkb{device}"), None),
+            )
+        })
+        .collect();
+    let end = Instant::now() + PATIENCE;
+    for (device, stopping) in stopping {
+        let left = end.saturating_duration_since(Instant::now());
+        if let Err(refusal) = stopping.and_then(|mut stopping| stopping.wait(Some(left))) {
+            said(&format!("ublkb{device}"), &refusal.message);
+            stuck.push(device);
+        }
+    }
+    for note in unfit {
+        if note.ublk_id.is_some_and(|device| stuck.contains(&device)) {
             continue;
         }
-        let gone = match live_of(&status) {
-            Some(live) => take_back(dm, &live, &name, &status),
-            // A top straight over its origin is in use as it should be.
-            None if status.active && !through_front(&dm.table(&name)?) => Ok(()),
-            None => remove(dm, &name, status.device),
-        };
-        if let Err(error) = gone {
-            kept.push((name, error));
+        match Dm::open().map(|dm| put_right(&dm, note)) {
+            Ok(Err(error)) => said(&note.name, &error),
+            // Without device-mapper there is nothing of it.
+            Ok(Ok(())) | Err(_) => server.notes.forget(&note.name),
         }
     }
-    Ok(kept)
-}
-
-fn take_back(dm: &Dm, live: &str, under: &str, status: &Status) -> io::Result<()> {
-    if status.active && dm.find(live)?.is_some() && through_front(&dm.table(live)?) {
-        swap(dm, live, &dm.table(under)?)?;
+    for device in orphans.iter().filter(|device| !stuck.contains(device)) {
+        match Control::open().and_then(|mut control| ends::delete(&mut control, *device)) {
+            Ok(()) => eprintln!("blksnap-datapath: ublkb{device}, which nobody served, is gone"),
+            Err(error) => said(&format!("ublkb{device}"), &error),
+        }
     }
-    remove(dm, under, status.device)
+    udev::forget_all_but(&known_to_udev(server));
 }
 
-/// The table leads to a front device of a data path, and nowhere else.
+/// The ublk devices of this runtime directory that belong to no origin and no image.
+fn orphans(server: &Server) -> Vec<u32> {
+    let all = control::all();
+    let Ok(mut control) = Control::open() else {
+        return Vec::new();
+    };
+    let known = known(server);
+    let mut ours = |device: &u32| {
+        let info = control.info(*device);
+        info.is_ok_and(|info| stamp::is_ours(info.server_flags))
+    };
+    let unknown = all.into_iter().filter(|device| !known.contains(device));
+    unknown.filter(|device| ours(device)).collect()
+}
+
+fn known(server: &Server) -> BTreeSet<u32> {
+    let registry = server.registry();
+    let origins = registry.origins.values().filter_map(|origin| origin.attachment.ublk_id);
+    let images = registry.snapshots.values().flat_map(|entry| &entry.images);
+    let awaited = registry.awaited.iter().filter_map(|note| note.ublk_id);
+    origins
+        .chain(images.filter_map(|image| image.device))
+        .chain(awaited)
+        .collect()
+}
+
+/// The kernel's names of all devices udev is told about.
+fn known_to_udev(server: &Server) -> BTreeSet<String> {
+    let fronts = known(server).into_iter().map(|device| format!("ublkb{device}"));
+    let registry = server.registry();
+    let blocks = registry.origins.values().filter(|origin| origin.identity.1 == 0);
+    let awaited = registry.awaited.iter().map(|note| note.device);
+    let origins = blocks.map(|origin| origin.identity.0).chain(awaited);
+    fronts.chain(origins.filter_map(udev::kernel_name)).collect()
+}
+
+/// The device-mapper devices of an origin that is not served, and whose ublk device has been stopped.
+fn put_right(dm: &Dm, note: &Note) -> io::Result<()> {
+    let uuid = |kind: &str, name: &str| format!("{PREFIX}{kind}{name}");
+    if !note.insert.is_empty() {
+        let under = format!("{}{SUFFIX}", note.insert);
+        if let Some(status) = dm.find(&under)?.filter(|found| found.uuid == uuid(UNDER, &note.insert)) {
+            return take_back(dm, &note.insert, &status);
+        }
+    }
+    if !note.top.is_empty() {
+        if let Some(status) = dm.find(&note.top)?.filter(|found| found.uuid == uuid(TOP, &note.top)) {
+            return settle_top(dm, note, &status);
+        }
+    }
+    Ok(())
+}
+
+/// Gives a live device its own table back; the device that has it goes.
+fn take_back(dm: &Dm, live: &str, under: &Status) -> io::Result<()> {
+    if under.active && dm.find(live)?.is_some() && through_front(&dm.table(live)?) {
+        swap(dm, live, &dm.table(&under.name)?)?;
+    }
+    remove(dm, &under.name, under.device)
+}
+
+/// Removes a top, or puts it straight over its origin when somebody uses it.
+fn settle_top(dm: &Dm, note: &Note, top: &Status) -> io::Result<()> {
+    if !top.active {
+        return remove(dm, &top.name, top.device);
+    }
+    let table = dm.table(&top.name)?;
+    if !through_front(&table) {
+        // As it should be: it lies on its origin.
+        return Ok(());
+    }
+    match remove(dm, &top.name, top.device) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) && udev::kernel_name(note.device).is_some() => {
+            swap(dm, &top.name, &Table::linear(note.device, table.size()))
+        }
+        done => done,
+    }
+}
+
+/// The table leads to a front device of a data path, or to a device that is gone, and nowhere else.
 fn through_front(table: &Table) -> bool {
     let [target] = table.0.as_slice() else { return false };
     let device = target.params.split(' ').next().unwrap_or_default();
-    let uevent = std::fs::read_to_string(format!("/sys/dev/block/{device}/uevent")).unwrap_or_default();
-    uevent.lines().any(|line| line.starts_with("DEVNAME=ublkb"))
+    match std::fs::read_to_string(format!("/sys/dev/block/{device}/uevent")) {
+        Ok(uevent) => uevent.lines().any(|line| line.starts_with("DEVNAME=ublkb")),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
 }
 
 fn ours(dm: &Dm) -> io::Result<BTreeMap<String, Status>> {

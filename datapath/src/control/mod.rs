@@ -6,6 +6,8 @@
 //! [`server`] who is connected, [`maintenance`] growth and events. All of it may block and allocate: no I/O passes here.
 
 pub mod devices;
+pub mod ends;
+pub mod errand;
 pub mod error;
 pub mod framing;
 pub mod freeze;
@@ -16,8 +18,10 @@ pub mod leftovers;
 pub mod maintenance;
 pub mod node;
 pub mod nodes;
+pub mod notes;
 pub mod origins;
 pub mod registry;
+pub mod removal;
 pub mod request;
 pub mod resize;
 pub mod server;

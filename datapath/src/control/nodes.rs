@@ -5,11 +5,13 @@
 //! what is undone when a step fails.
 
 use super::devices;
+use super::ends;
 use super::error::{Refusal, Result};
 use super::freeze::Plan;
 use super::insertion::Insertion;
-use super::keeping::{self, OriginConf};
+use super::keeping;
 use super::node::{Device, Node};
+use super::notes::Note;
 use super::origins::{Add, WithMaps};
 use super::registry::{Origin, SnapshotEntry};
 use super::server::Server;
@@ -19,10 +21,13 @@ use crate::dm::Dm;
 use crate::engine::mail::Letter;
 use crate::engine::reading::Reading;
 use crate::engine::{Front, Map};
+use crate::ublk::control::Control;
+use crate::udev;
 use serde::Serialize;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::mpsc::sync_channel;
 use std::sync::Arc;
 
 /// `dm` in the answer to `hello`.
@@ -114,9 +119,8 @@ impl Server {
     pub fn put_up(
         &self,
         entry: &mut Origin,
-        conf: &OriginConf,
         asked: &Add,
-        size: u64,
+        (size, diskseq): (u64, u64),
         insertion: Option<&mut Insertion>,
     ) -> Result<()> {
         if asked.front != Front::Ublk {
@@ -128,7 +132,13 @@ impl Server {
         let path = devices::node_of(device);
         entry.attachment.ublk_id = Some(device);
         // Before anybody's I/O depends on it.
-        let kept = self.keep_device(entry, conf, device);
+        let note = Note {
+            device: entry.identity.0,
+            diskseq,
+            ublk_id: Some(device),
+            ..Note::of(asked)
+        };
+        let kept = self.keep_device(entry, device).and_then(|()| self.note(&note));
         match kept.and_then(|()| over(asked, &path, size, insertion)) {
             Ok(None) => entry.attachment.node = path,
             Ok(Some(node)) => {
@@ -136,16 +146,20 @@ impl Server {
                 entry.attachment.over = Some(Arc::new(node));
             }
             Err(refusal) => {
-                let _ = devices::end_origin_device(entry, device, true);
+                let _ = ends::end_origin_device(entry, device, true);
                 return Err(refusal);
             }
         }
         Ok(())
     }
 
-    /// Ends an origin that could not be put up.
-    pub fn undo(&self, entry: &Origin) {
-        let _ = entry.ask(Letter::End);
+    /// Ends an origin that could not be put up. `late`: its queue thread is needed for a while yet.
+    pub fn undo(&self, entry: &Origin, late: bool) {
+        if late {
+            entry.mailbox.post(Letter::End(sync_channel(1).0));
+        } else {
+            let _ = entry.ask(Letter::End);
+        }
         keeping::forget(&entry.kept);
         let _ = self.store_sync();
         let _ = std::fs::remove_file(&entry.socket);
@@ -210,15 +224,27 @@ impl Server {
     }
 }
 
+/// The ublk device that a device-mapper device of an origin lies on now, if it is one of that origin's (by its `stamp`):
+/// it may have been given another one when the origin grew.
+pub fn front_below(name: &str, stamp: u64) -> Option<u32> {
+    let table = Dm::open().ok()?.table(name).ok()?;
+    let [target] = table.0.as_slice() else { return None };
+    let number = target.params.split(' ').next()?;
+    let device = udev::kernel_name_at(number)?.strip_prefix("ublkb")?.parse().ok()?;
+    let info = Control::open().and_then(|mut control| control.info(device)).ok()?;
+    (info.server_flags == stamp).then_some(device)
+}
+
 /// Has the device-mapper device of an origin that was left go on with it. One that is not as it was is `astray` later.
-pub fn adopt(entry: &mut Origin, conf: &OriginConf, size: u64) -> Result<()> {
+pub fn adopt(entry: &mut Origin, device: u32) -> Result<()> {
+    let conf = Arc::clone(&entry.conf);
     let live = !conf.insert.is_empty();
     let name = if live { &conf.insert } else { &conf.top };
     if name.is_empty() {
         return Ok(());
     }
     let dm = open()?;
-    let front = front_of(&entry.attachment.node, size)?;
+    let front = devices::number_and_size(device).map_err(|error| Refusal::io(&entry.attachment.node, &error))?;
     let node = match Node::adopt(&dm, name, live, front) {
         Err(refusal) if refusal.code == "not-found" && !live => Node::top(&dm, name, front, conf.read_only)?,
         adopted => adopted?,
@@ -256,7 +282,7 @@ pub fn astray(origin: &Origin) -> Option<&'static str> {
 pub fn in_use(origin: &Origin) -> bool {
     match &origin.attachment.over {
         Some(node) => node.is_open(),
-        None => origin.attachment.ublk_id.is_some_and(devices::in_use),
+        None => origin.attachment.ublk_id.is_some_and(ends::in_use),
     }
 }
 
@@ -266,10 +292,10 @@ pub fn check_idle(origin: &Origin) -> Result<()> {
     let held = match &attachment.over {
         Some(node) if node.is_live() => false,
         Some(node) => node.is_held(),
-        None => attachment.ublk_id.is_some_and(devices::in_use),
+        None => attachment.ublk_id.is_some_and(ends::in_use),
     };
     if held {
-        return Err(devices::used(&attachment.node));
+        return Err(ends::used(&attachment.node));
     }
     Ok(())
 }
@@ -288,14 +314,14 @@ impl Server {
             return read();
         };
         let Some(node) = &attachment.over else {
-            devices::end_origin_device(origin, device, force)?;
+            ends::end_origin_device(origin, device, force)?;
             return read();
         };
         if node.is_live() {
             let used = node.is_open();
             node.take_out()?;
             let used = used || node.is_open();
-            devices::end_origin_device(origin, device, force)?;
+            ends::end_origin_device(origin, device, force)?;
             let (mut reading, map) = read()?;
             if used && reading.suspicion.is_empty() {
                 reading.suspicion = GOES_ON;
@@ -304,7 +330,7 @@ impl Server {
         }
         if !(stay || force && node.is_held()) {
             node.remove()?;
-            devices::end_origin_device(origin, device, force)?;
+            ends::end_origin_device(origin, device, force)?;
             return read();
         }
         let (reading, ..) = origin.read()?;
@@ -313,7 +339,7 @@ impl Server {
             size: reading.size,
         };
         let (mut reading, map) = node.bypass(below, || {
-            devices::halt(origin, device, None)?;
+            ends::halt(origin, device, None)?;
             let last = read()?;
             origin.ask(Letter::End)?;
             // The store has the origin open, too.
@@ -321,7 +347,7 @@ impl Server {
             self.store_sync()?;
             Ok(last)
         })?;
-        let _ = devices::forget_device(device);
+        let _ = ends::forget_device(device);
         reading.suspicion = GOES_ON;
         Ok((reading, map))
     }

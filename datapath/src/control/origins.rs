@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Operations on one origin: add, read, mark, reset, remove.
+//! Operations on one origin: add, read, mark, reset. It ends in [`removal`](super::removal).
 
 use super::devices::{self, Attachment};
 use super::error::{Refusal, Result};
 use super::keeping::{self, keeps, OriginConf, VERSION};
 use super::nodes;
+use super::notes::Note;
 use super::registry::{Origin, Registry};
 use super::server::Server;
 use super::take::Gates;
@@ -19,6 +20,7 @@ use crate::sys;
 use crate::udev;
 use serde::Deserialize;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
@@ -95,6 +97,20 @@ pub fn new_map(geometry: Geometry, populate: bool) -> Result<Arc<Shared>> {
         .map_err(|error| Refusal::io("memory for a change map", &error))
 }
 
+/// Why a queue thread could not be started.
+pub fn no_ring(error: &io::Error) -> Refusal {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM | libc::EAGAIN) => Refusal::limit(
+            "no memory can be locked for another origin: raise the limit of locked memory (LimitMEMLOCK= of the unit, \
+             ulimit -l)",
+        ),
+        _ => Refusal::io(
+            "io_uring cannot be used here (kernel.io_uring_disabled, a container's filter, a kernel before 6.1)",
+            error,
+        ),
+    }
+}
+
 fn saved_map(file: &File, geometry: Geometry, numbers: Numbers) -> Result<Arc<Shared>> {
     let count = geometry.block_count();
     let metadata = file.metadata().map_err(|error| Refusal::io("the saved map", &error))?;
@@ -123,6 +139,28 @@ impl Server {
         check_name(&asked.origin)?;
         check_uuid(&asked.generation)?;
         let _structure = self.structure();
+        if self.registry().origins.contains_key(&asked.origin) {
+            return Err(Refusal::exists(format!("origin {} is tracked already", asked.origin)));
+        }
+        if self.registry().awaited.iter().any(|note| note.name == asked.origin) {
+            return Err(Refusal::busy(format!(
+                "origin {} is tracked already, and waits for its disk, which owes an answer to a process that died",
+                asked.origin
+            )));
+        }
+        if asked.front == Front::Nbd {
+            return self.put_in(asked, fds);
+        }
+        let name = asked.origin.clone();
+        self.note(&Note::of(&asked))?;
+        let added = self.put_in(asked, fds);
+        if added.as_ref().is_err_and(|refusal| refusal.code != "timed-out") {
+            self.notes.forget(&name);
+        }
+        added
+    }
+
+    fn put_in(&self, asked: Add, fds: Vec<OwnedFd>) -> Result<WithMaps> {
         let nodes::Given {
             origin: file,
             saved,
@@ -137,9 +175,6 @@ impl Server {
         }
         let handle = {
             let mut registry = self.registry();
-            if registry.origins.contains_key(&asked.origin) {
-                return Err(Refusal::exists(format!("origin {} is tracked already", asked.origin)));
-            }
             let same = |origin: &&Origin| origin.identity == node.identity;
             if let Some(other) = registry.origins.values().find(same) {
                 let name = &other.name;
@@ -164,6 +199,8 @@ impl Server {
                 _ => Refusal::io("locking the image file", &error),
             })?;
         }
+        let origin = origin::Origin::new(file, node, asked.read_only);
+        let diskseq = origin.diskseq();
         let geometry = Geometry::new(node.size, asked.block_size)?;
         let numbers = Numbers::new(asked.base, asked.active)?;
         let live = match &saved {
@@ -202,7 +239,7 @@ impl Server {
         let (ring_life, ring_held) = sys::process::pipe().map_err(|error| Refusal::io("a pipe", &error))?;
         let kept = self.keep_origin(
             &conf,
-            Some((&file, &listener)),
+            Some((origin.file(), &listener)),
             &ring_life,
             [&state_page, &live, &taken],
         )?;
@@ -219,6 +256,8 @@ impl Server {
                 front: asked.front,
                 ..Attachment::default()
             },
+            conf: Arc::new(conf),
+            anew: (String::new(), ""),
             last: Arc::default(),
             kept: keeps(kept),
         };
@@ -228,7 +267,7 @@ impl Server {
             label: asked.label.clone(),
             socket: socket.display().to_string(),
             front: asked.front,
-            origin: origin::Origin::new(file, node, asked.read_only),
+            origin,
             geometry,
             tracking: asked.tracking,
             map: Map {
@@ -251,14 +290,11 @@ impl Server {
         self.store_sync()?;
         Engine::start(setup, state_page).map_err(|error| {
             let _ = std::fs::remove_file(&socket);
-            Refusal::io(
-                "io_uring cannot be used here (kernel.io_uring_disabled, a container's filter, a kernel before 6.1)",
-                &error,
-            )
+            no_ring(&error)
         })?;
-        if let Err(refusal) = self.put_up(&mut entry, &conf, &asked, node.size, insertion.as_mut()) {
+        if let Err(refusal) = self.put_up(&mut entry, &asked, (node.size, diskseq), insertion.as_mut()) {
             // Before `insertion`, whose device it has open.
-            self.undo(&entry);
+            self.undo(&entry, refusal.code == "timed-out");
             return Err(refusal);
         }
         self.registry().origins.insert(asked.origin.clone(), entry.clone());
@@ -322,58 +358,6 @@ impl Server {
         drop(gates);
         keeping::changed(&origin.kept, Some(live), taken);
         self.maps_of(&origin)
-    }
-
-    pub fn remove(&self, name: &str, force: bool) -> Result<WithMaps> {
-        self.leave(name, force, false)
-    }
-
-    /// Ends an origin. `stay`: its device-mapper device goes on without it.
-    pub(super) fn leave(&self, name: &str, force: bool, stay: bool) -> Result<WithMaps> {
-        let _structure = self.structure();
-        let origin = self.registry().origin(name)?;
-        let (mut reading, mut map) = match (origin.read(), origin.last()) {
-            (Ok((reading, map, _)), _) => (reading, map),
-            // It was told to end when its disk held it, and has ended since.
-            (Err(_), Some(last)) if origin.mailbox.ended() => last,
-            (Err(refusal), _) => return Err(refusal),
-        };
-        if !force && !reading.snapshots.is_empty() {
-            return Err(Refusal::busy(format!("a snapshot of {name} is held")));
-        }
-        if !force && reading.connections > 0 {
-            return Err(Refusal::busy(format!("{} clients use {name}", reading.connections)));
-        }
-        if !force {
-            nodes::check_idle(&origin)?;
-        }
-        if !origin.mailbox.ended() {
-            let images = self.registry().image_devices(name);
-            for (snapshot, device) in images {
-                devices::end_image_device(&origin, device)?;
-                self.registry().forget_image_device(&snapshot, name);
-            }
-            // What was written until just now counts.
-            (reading, map) = self.take_down(&origin, force, stay)?;
-            if !origin.mailbox.ended() {
-                origin.ask(Letter::End)?;
-            }
-        }
-        self.registry().origins.remove(name);
-        let _ = std::fs::remove_file(&origin.socket);
-        if let Some(name) = udev::kernel_name(origin.identity.0).filter(|_| origin.identity.1 == 0) {
-            udev::forget(&name);
-            udev::look_again(&name);
-        }
-        keeping::forget(&origin.kept);
-        // The lock on its file is held until the store has let go of it, too.
-        self.store_sync()?;
-        nodes::clear_away(&origin);
-        if !reading.suspicion.is_empty() {
-            // Nobody may continue this map.
-            (reading.state, reading.reason) = ("broken", reading.suspicion);
-        }
-        Ok((reading, vec![map.live, map.taken]))
     }
 }
 

@@ -3,8 +3,9 @@
 
 use super::devices::Attachment;
 use super::error::{Refusal, Result};
-use super::keeping::{Keeps, KeptOrigin, KeptSnapshot};
+use super::keeping::{Keeps, KeptOrigin, KeptSnapshot, OriginConf};
 use super::nodes;
+use super::notes::Note;
 use crate::cbt::Geometry;
 use crate::engine::mail::{Letter, Mailbox};
 use crate::engine::reading::Reading;
@@ -33,6 +34,10 @@ pub struct Origin {
     pub state_page: Arc<Shared>,
     pub socket: PathBuf,
     pub attachment: Attachment,
+    /// What it was told at its beginning.
+    pub conf: Arc<OriginConf>,
+    /// The generation it came back with, and why that is a new one ("": it is not).
+    pub anew: (String, &'static str),
     pub last: Arc<Mutex<Option<(Reading, Map)>>>,
     pub kept: Keeps<KeptOrigin>,
 }
@@ -58,16 +63,19 @@ impl Origin {
     pub fn read(&self) -> Result<(Reading, Map, Geometry)> {
         let mut read = self.ask(Letter::Read)?;
         self.complete(&mut read.0);
-        self.remember(&read);
+        self.remember(&read.0, &read.1);
         Ok(read)
     }
 
     /// Adds to a reading what the queue thread does not know.
-    fn complete(&self, reading: &mut Reading) {
+    pub fn complete(&self, reading: &mut Reading) {
         let attachment = &self.attachment;
         reading.node.clone_from(&attachment.node);
         reading.top.clone_from(&attachment.top);
         reading.insert.clone_from(&attachment.insert);
+        if reading.generation == self.anew.0 {
+            reading.reset = self.anew.1;
+        }
         if let Some(device) = attachment.ublk_id {
             reading.ublk_id = i64::from(device);
             reading.clients += u32::from(nodes::in_use(self));
@@ -77,7 +85,8 @@ impl Origin {
         }
     }
 
-    fn remember(&self, (reading, map, _): &(Reading, Map, Geometry)) {
+    /// For when no new one is to be had.
+    pub fn remember(&self, reading: &Reading, map: &Map) {
         *self.last.lock().expect("a panic aborts the process") = Some((reading.clone(), map.clone()));
     }
 
@@ -92,7 +101,7 @@ impl Origin {
         match self.ask_for(Duration::from_secs(1), Letter::Read) {
             Ok(mut read) => {
                 self.complete(&mut read.0);
-                self.remember(&read);
+                self.remember(&read.0, &read.1);
                 Some(read.0)
             }
             Err(refusal) if refusal.code == "timed-out" => self.last().map(|(mut reading, _)| {
@@ -161,6 +170,8 @@ pub struct Registry {
     pub origins: BTreeMap<String, Origin>,
     pub snapshots: BTreeMap<String, SnapshotEntry>,
     pub handles: u32,
+    /// Origins to be, when their disks have answered a process that died.
+    pub awaited: Vec<Note>,
     /// Origins whose end was told.
     pub told_broken: Vec<u32>,
 }

@@ -4,6 +4,7 @@
 use super::error::{Refusal, Result};
 use super::framing::{Lines, Sender};
 use super::keeping;
+use super::notes::Notes;
 use super::registry::Registry;
 use super::request::{Envelope, Then};
 use crate::snapshot::Bell;
@@ -25,6 +26,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct Server {
     directory: PathBuf,
+    pub notes: Notes,
     pub bell: Bell,
     registry: Mutex<Registry>,
     structure: Mutex<()>,
@@ -44,6 +46,7 @@ pub struct Server {
 impl Server {
     pub fn new(directory: PathBuf, bell: Bell, store: Arc<Store>, life: u64) -> Self {
         Self {
+            notes: Notes::new(&directory),
             directory,
             bell,
             registry: Mutex::default(),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Operations on one snapshot but the take: create, destroy.
 
-use super::devices;
+use super::ends;
 use super::error::{Refusal, Result};
 use super::keeping::{self, keeps, SnapshotConf, VERSION};
 use super::origins::check_uuid;
@@ -129,7 +129,7 @@ impl Server {
             let origin = self.registry().origin(&image.origin);
             if let Ok(origin) = origin {
                 if let Some(device) = image.device {
-                    devices::end_image_device(&origin, device)?;
+                    ends::end_image_device(&origin, device)?;
                     self.registry().forget_image_device(id, &image.origin);
                 }
                 let asked = origin.ask(|answer| Letter::DropImage(id.to_owned(), answer));

@@ -2,6 +2,7 @@
 //! Taking a snapshot: one instant over several origins, in two phases. Until the flip nothing has changed anywhere.
 
 use super::devices;
+use super::ends;
 use super::error::{Refusal, Result};
 use super::keeping;
 use super::nodes;
@@ -290,7 +291,7 @@ fn show(id: &str, origins: &[Origin], infos: &mut [ImageInfo]) -> Result<()> {
             Err(mut refusal) => {
                 for (origin, info) in origins.iter().zip(infos) {
                     if let Some(device) = info.device {
-                        let _ = devices::end_image_device(origin, device);
+                        let _ = ends::end_image_device(origin, device);
                     }
                 }
                 refusal.message += "; the snapshot was undone";

@@ -58,6 +58,8 @@ pub struct Reading {
     pub ublk_id: i64,
     pub top: String,
     pub insert: String,
+    /// Why the data path began this generation by itself, without a take; "": it did not. Filled in likewise.
+    pub reset: &'static str,
     pub snapshots: Vec<String>,
     pub counters: Counters,
     /// Why the map cannot be trusted any more (a take would begin a new generation); "": it can.
@@ -65,21 +67,21 @@ pub struct Reading {
     pub suspicion: &'static str,
 }
 
-impl Engine {
-    pub(super) fn reading(&self) -> Reading {
-        let map = &self.setup.map;
-        let node = self.setup.origin.node();
+impl Setup {
+    /// Of an origin that nobody uses yet.
+    pub fn reading(&self) -> Reading {
+        let (map, node) = (&self.map, self.origin.node());
         Reading {
-            origin: self.setup.name.clone(),
-            label: self.setup.label.clone(),
+            origin: self.name.clone(),
+            label: self.label.clone(),
             kind: if node.block { "block" } else { "file" },
-            state: if self.broken.is_some() { "broken" } else { "tracking" },
-            reason: self.broken.unwrap_or_default(),
-            size: self.setup.geometry.size(),
+            state: "tracking",
+            reason: "",
+            size: self.geometry.size(),
             logical_block_size: node.logical_block_size,
-            read_only: self.setup.origin.read_only,
-            block_size: self.setup.geometry.block_size(),
-            block_count: self.setup.geometry.block_count() as u64,
+            read_only: self.origin.read_only,
+            block_size: self.geometry.block_size(),
+            block_count: self.geometry.block_count() as u64,
             generation: map.generation.clone(),
             base: map.numbers.base(),
             active: map.numbers.active(),
@@ -88,14 +90,30 @@ impl Engine {
             live_sequence: map.live_sequence,
             taken_sequence: map.taken_sequence,
             taken_base: map.taken_base,
-            nbd_socket: self.setup.socket.clone(),
-            clients: self.connections.iter().flatten().count() as u32,
-            connections: self.connections.iter().flatten().count() as u32,
-            front: self.setup.front,
+            nbd_socket: self.socket.clone(),
+            clients: 0,
+            connections: 0,
+            front: self.front,
             node: String::new(),
             ublk_id: -1,
             top: String::new(),
             insert: String::new(),
+            reset: "",
+            snapshots: Vec::new(),
+            counters: Counters::default(),
+            suspicion: "",
+        }
+    }
+}
+
+impl Engine {
+    pub(super) fn reading(&self) -> Reading {
+        let connections = self.connections.iter().flatten().count() as u32;
+        Reading {
+            state: if self.broken.is_some() { "broken" } else { "tracking" },
+            reason: self.broken.unwrap_or_default(),
+            clients: connections,
+            connections,
             snapshots: self
                 .images
                 .iter()
@@ -105,6 +123,7 @@ impl Engine {
                 .collect(),
             counters: self.counters,
             suspicion: self.suspicion,
+            ..self.setup.reading()
         }
     }
 

@@ -13,6 +13,7 @@ use super::connection::CONNECTIONS;
 use super::piece::{Job, Piece, PieceId, PIECES};
 use super::{Engine, IMAGES};
 use crate::ring::{Kind, Served, Token};
+use crate::sys::process::without_admin;
 use crate::ublk::queue::{Queue, Shows};
 use crate::ublk::uapi::{self, op, IoCommand, OP_FUA, SECTOR};
 use std::sync::mpsc::SyncSender;
@@ -63,13 +64,17 @@ impl Engine {
             Ok(place) => {
                 let device = self.devices[place].as_mut().expect("just taken");
                 device.serving = Some(answer);
-                let depth = device.queue.depth;
+                let (depth, scanned) = (device.queue.depth, device.queue.scanned);
                 device.open = depth;
                 for tag in 0..depth {
                     self.command(place, tag, uapi::FETCH_REQ, 0);
                 }
                 // What the driver refuses has completed by then: `settle` answers with the turn's last completion.
-                self.ring.submit().expect("io_uring_enter");
+                if scanned {
+                    self.ring.submit().expect("io_uring_enter");
+                } else {
+                    without_admin(|| self.ring.submit().expect("io_uring_enter"));
+                }
             }
         }
     }

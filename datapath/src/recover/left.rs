@@ -6,7 +6,7 @@ use crate::sys::process;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[derive(Debug, Default)]
 pub struct Left {
@@ -69,22 +69,55 @@ impl Left {
     }
 }
 
-/// Waits until no I/O of any earlier process is under way: its rings are gone (see `ring::Ring::hold`). As long as it
-/// takes: a disk that hangs owes a write, and going on before that lands would lose a newer one.
-pub fn await_rings(found: &BTreeMap<Name, OwnedFd>) {
-    for (name, fd) in found {
-        let Name::Ring { handle, .. } = name else {
-            continue;
-        };
-        let mut waited = 0;
-        // Nothing is ever written to the pipe: readable is hung up. An error cannot be waited out.
-        while let Ok(false) = process::poll(&[fd.as_fd()], Some(Duration::from_secs(10))).map(|ready| ready[0]) {
-            waited += 10;
-            eprintln!(
-                "blksnap-datapath: waits for writes of the process that died ({waited} s): a disk owes an answer \
-                 (origin {handle}, or a storage of its snapshots)"
-            );
+/// Earlier processes' rings that may have I/O under way, by the handle of their origin (see `ring::Ring::hold`). A disk that
+/// hangs owes a write: going on with that origin before it lands would lose a newer one.
+#[derive(Debug, Default)]
+pub struct Rings(BTreeMap<u32, Vec<(Name, OwnedFd)>>);
+
+impl Rings {
+    pub fn take(found: &mut BTreeMap<Name, OwnedFd>) -> Self {
+        let (rings, others) = std::mem::take(found)
+            .into_iter()
+            .partition(|(name, _)| matches!(name, Name::Ring { .. }));
+        *found = others;
+        let rings: BTreeMap<Name, OwnedFd> = rings;
+        let mut all = Self::default();
+        for (name, fd) in rings {
+            if let Name::Ring { handle, .. } = name {
+                all.0.entry(handle).or_default().push((name, fd));
+            }
         }
+        all
+    }
+
+    /// Waits until none has I/O under way, for at most `patience` (None: as long as it takes). Those that are left have.
+    pub fn wait(&mut self, patience: Option<Duration>) {
+        let end = patience.map(|patience| Instant::now() + patience);
+        self.0.retain(|_, rings| {
+            rings.retain(|(_, fd)| {
+                let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+                // Nothing is ever written to the pipe: readable is hung up. An error cannot be waited out.
+                matches!(process::poll(&[fd.as_fd()], left).map(|ready| ready[0]), Ok(false))
+            });
+            !rings.is_empty()
+        });
+    }
+
+    pub fn contains(&self, handle: u32) -> bool {
+        self.0.contains_key(&handle)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn names(&self) -> Vec<Name> {
+        self.0.values().flatten().map(|(name, _)| *name).collect()
+    }
+
+    /// Those of one origin.
+    pub fn take_out(&mut self, handle: u32) -> Self {
+        Self(self.0.remove_entry(&handle).into_iter().collect())
     }
 }
 
@@ -143,6 +176,25 @@ mod tests {
             [(1, 2)]
         );
         assert_eq!(left.memory.keys().copied().collect::<Vec<_>>(), [5]);
+    }
+
+    #[test]
+    fn only_rings_with_io_under_way_are_waited_for() {
+        let ring = |handle| Name::Ring { life: 1, handle };
+        let (slow, _held) = process::pipe().expect("pipe");
+        let (done, _) = process::pipe().expect("pipe");
+        let mut found = found(&[Name::Lock]);
+        found.insert(ring(1), slow);
+        found.insert(ring(2), done);
+        let mut rings = Rings::take(&mut found);
+        assert_eq!(found.len(), 1);
+        rings.wait(Some(Duration::from_millis(1)));
+        assert_eq!((rings.names(), rings.contains(2)), (vec![ring(1)], false));
+        let mut one = rings.take_out(1);
+        assert!(rings.is_empty());
+        drop(_held);
+        one.wait(None);
+        assert!(one.is_empty());
     }
 
     #[test]

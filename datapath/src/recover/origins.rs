@@ -6,10 +6,11 @@ use super::memory::{conf, passes, Memory};
 use super::snapshots::Found;
 use crate::cbt::{self, Geometry, Numbers};
 use crate::control::devices::{self, Attachment};
+use crate::control::ends;
 use crate::control::error::{Refusal, Result};
 use crate::control::keeping::{keeps, OriginConf};
 use crate::control::nodes;
-use crate::control::origins::new_map;
+use crate::control::origins::{new_map, no_ring};
 use crate::control::registry;
 use crate::control::server::Server;
 use crate::engine::mail::Mailbox;
@@ -19,6 +20,7 @@ use crate::origin;
 use crate::pages::state;
 use crate::snapshot::Cause;
 use crate::sys::{self, Node};
+use crate::ublk::stamp;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -32,6 +34,10 @@ pub struct Origin {
     state_page: Arc<Shared>,
     ring_life: Option<OwnedFd>,
     kept: Option<registry::Origin>,
+    /// File and socket are in the store already.
+    stored: bool,
+    /// Why a new generation begins; "": none does.
+    reset: &'static str,
 }
 
 /// All origins that can go on. Raised when this process lacks something.
@@ -135,6 +141,21 @@ fn anew(conf: &OriginConf, node: Node) -> Result<Tracked> {
     })
 }
 
+/// An origin whose devices are left, and nothing else.
+pub fn noted(server: &Server, conf: OriginConf, file: File, node: Node) -> Result<Origin> {
+    let socket = server.nbd_socket(&conf.name);
+    let _ = std::fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket)
+        .map_err(|error| Refusal::io(&format!("the socket {}", socket.display()), &error))?;
+    let tracked = anew(&conf, node)?;
+    let origin = assemble(server, conf, (file, node), listener, tracked)?;
+    Ok(Origin {
+        stored: false,
+        reset: "the data path was killed together with what keeps its memory: what changed until then is not known",
+        ..origin
+    })
+}
+
 fn one(
     server: &Server,
     conf: OriginConf,
@@ -168,18 +189,37 @@ fn one(
         modified_ns: tracked.modified_ns,
         ..node
     };
+    let origin = assemble(server, conf, (file, known), listener, tracked)?;
+    Ok(Origin {
+        reset: if lost_map {
+            "its map was lost when the data path died"
+        } else {
+            ""
+        },
+        ..origin
+    })
+}
+
+fn assemble(
+    server: &Server,
+    conf: OriginConf,
+    (file, node): (File, Node),
+    listener: UnixListener,
+    tracked: Tracked,
+) -> Result<Origin> {
+    let name = &conf.name;
     let socket = server.nbd_socket(name);
     let state_page = Shared::new(c"blksnap-state", PAGE, false).map_err(|error| Refusal::io("memory", &error))?;
     let state_page = Arc::new(state_page);
     let (ring_life, ring_held) = sys::process::pipe().map_err(|error| Refusal::io("a pipe", &error))?;
     let mailbox = Arc::new(Mailbox::new().map_err(|error| Refusal::io("an event descriptor", &error))?);
     let setup = Setup {
-        handle,
+        handle: conf.handle,
         name: name.clone(),
         label: conf.label.clone(),
         socket: socket.display().to_string(),
         front: conf.front,
-        origin: origin::Origin::new(file, known, conf.read_only),
+        origin: origin::Origin::new(file, node, conf.read_only),
         geometry: tracked.geometry,
         tracking: conf.tracking,
         map: tracked.map,
@@ -201,6 +241,8 @@ fn one(
         state_page,
         ring_life: Some(ring_life),
         kept: None,
+        stored: true,
+        reset: "",
     })
 }
 
@@ -213,48 +255,81 @@ impl Origin {
         &self.conf.name
     }
 
+    /// It was not in the store.
+    pub fn is_noted(&self) -> bool {
+        !self.stored
+    }
+
     /// Stores it, as a part of this life.
     pub fn keep(mut self, server: &Server) -> Result<Self> {
         let map = &self.setup.map;
         let memory = [&*self.state_page, &*map.live, &*map.taken];
         let ring = self.ring_life.take().expect("kept once");
-        let kept = server.keep_origin(&self.conf, None, &ring, memory)?;
+        let files = (self.setup.origin.file(), &self.setup.listener);
+        let kept = server.keep_origin(&self.conf, (!self.stored).then_some(files), &ring, memory)?;
+        let identity = self.setup.origin.node().identity;
+        // The one its users are on.
+        let mapped = [&self.conf.insert, &self.conf.top]
+            .into_iter()
+            .find(|name| !name.is_empty());
+        let below = mapped.and_then(|name| nodes::front_below(name, stamp::stamp(identity.0, false)));
+        let ublk_id = below.or(self.conf.ublk_id);
         self.kept = Some(registry::Origin {
             name: self.conf.name.clone(),
             handle: self.conf.handle,
             mailbox: Arc::clone(&self.setup.mailbox),
-            identity: self.setup.origin.node().identity,
+            identity,
             block_size: self.conf.block_size,
             tracking: self.conf.tracking,
             state_page: Arc::clone(&self.state_page),
             socket: server.nbd_socket(&self.conf.name),
             attachment: Attachment {
                 front: self.conf.front,
-                ublk_id: self.conf.ublk_id,
-                node: self.conf.ublk_id.map(devices::node_of).unwrap_or_default(),
+                ublk_id,
+                node: ublk_id.map(devices::node_of).unwrap_or_default(),
                 ..Attachment::default()
             },
+            conf: Arc::new(self.conf.clone()),
+            anew: (map.generation.clone(), self.reset),
             last: Arc::default(),
             kept: keeps(kept),
         });
         Ok(self)
     }
 
+    /// Has it known before it starts: it does not answer, but is told of as it was.
+    pub fn register(&self, server: &Server) {
+        let entry = self.kept.clone().expect("stored before it is told of");
+        let mut reading = self.setup.reading();
+        entry.complete(&mut reading);
+        entry.remember(&reading, &self.setup.map);
+        server.registry().origins.insert(entry.name.clone(), entry);
+    }
+
     /// Starts its queue thread, and has its block devices go on: first its own (`devices::recover_origin_device`).
     pub fn start(self, server: &Server) -> Result<()> {
         let mut entry = self.kept.expect("stored before it starts");
         let size = self.setup.geometry.size();
-        Engine::start(self.setup, self.state_page).map_err(|error| Refusal::io("io_uring", &error))?;
+        Engine::start(self.setup, self.state_page).map_err(|error| no_ring(&error))?;
         if entry.attachment.front == Front::Ublk {
             let go_on = |device| devices::recover_origin_device(&entry, device);
-            let make = || devices::make_origin_device(&entry, size, self.conf.read_only);
-            let device = again(entry.attachment.ublk_id, go_on, make)?;
-            if entry.attachment.ublk_id != Some(device) {
+            let make = || match self.stored {
+                true => devices::make_origin_device(&entry, size, self.conf.read_only),
+                // Its users have another one, or none.
+                false => Err(Refusal::invalid("its block device cannot be taken over")),
+            };
+            let device = again(entry.attachment.ublk_id, go_on, make).inspect_err(|_| {
+                // What is in the store is for the next process.
+                if !self.stored {
+                    server.undo(&entry, false);
+                }
+            })?;
+            if self.conf.ublk_id != Some(device) {
                 entry.attachment.ublk_id = Some(device);
                 entry.attachment.node = devices::node_of(device);
-                server.keep_device(&entry, &self.conf, device)?;
+                server.keep_device(&entry, device)?;
             }
-            if let Err(refusal) = nodes::adopt(&mut entry, &self.conf, size) {
+            if let Err(refusal) = nodes::adopt(&mut entry, device) {
                 eprintln!("blksnap-datapath: origin {}: {}", entry.name, refusal.message);
             }
             Self::start_images(server, &entry)?;
@@ -295,7 +370,7 @@ fn again(
     match go_on(device) {
         Ok(()) => Ok(device),
         Err(refusal) if refusal.code == "not-found" => {
-            let _ = devices::forget_device(device);
+            let _ = ends::forget_device(device);
             make()
         }
         Err(refusal) => Err(refusal),

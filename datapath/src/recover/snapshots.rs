@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Snapshots that were left: storage, page, and the images that their origins get back.
 
-use super::left::Left;
+use super::left::{Left, Rings};
 use super::memory::{conf, passes, Memory};
 use super::origins::Origin;
 use crate::cbt::{Geometry, Numbers};
 use crate::control::devices;
+use crate::control::ends;
 use crate::control::error::Result;
 use crate::control::keeping::{keeps, KeptFlip, SnapshotConf};
 use crate::control::registry::{ImageInfo, SnapshotEntry};
@@ -56,7 +57,7 @@ fn one(server: &Server, storage: Option<File>, file: &File, memory: &mut Memory)
     let page = Page::from(memory.owned(conf.page, c"blksnap-snapshot")?)?;
     if page.phase() == Phase::Leaving {
         for device in page.devices() {
-            devices::forget_orphan(device);
+            ends::forget_orphan(device);
         }
         return Ok(None);
     }
@@ -117,6 +118,12 @@ impl Found {
         let (id, origin) = (&self.conf.id, &record.origin);
         eprintln!("blksnap-datapath: snapshot {id} is lost, its image of {origin} cannot be taken over: {why}");
         self.fail(Cause::Lost, record.handle);
+    }
+
+    /// Some of its origins have I/O under way still, and others have not.
+    pub fn shares_with(&self, rings: &Rings) -> bool {
+        let mut slow = self.records.iter().map(|record| rings.contains(record.handle));
+        slow.clone().any(|slow| slow) && slow.any(|slow| !slow)
     }
 
     pub fn fail(&self, cause: Cause, origin: u32) {

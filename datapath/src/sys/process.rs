@@ -65,6 +65,29 @@ pub fn terminate(pid: libc::pid_t) {
     unsafe { libc::kill(pid, libc::SIGTERM) };
 }
 
+/// Does something without CAP_SYS_ADMIN, which this thread (alone) has back afterwards.
+pub fn without_admin<T>(work: impl FnOnce() -> T) -> T {
+    const VERSION_3: u32 = 0x2008_0522;
+    const ADMIN: u32 = 1 << 21;
+    // linux/capability.h: version and thread (0: this one); effective, permitted and inheritable in two halves.
+    let mut head = [VERSION_3, 0];
+    let mut sets = [[0_u32; 3]; 2];
+    // SAFETY: both are live and as large as version 3 says.
+    let known = unsafe { libc::syscall(libc::SYS_capget, head.as_mut_ptr(), sets.as_mut_ptr()) } == 0;
+    let mut set = |sets: &[[u32; 3]; 2]| {
+        // SAFETY: as above; the kernel reads them.
+        unsafe { libc::syscall(libc::SYS_capset, head.as_mut_ptr(), sets.as_ptr()) }
+    };
+    let mut without = sets;
+    without[0][0] &= !ADMIN;
+    let dropped = known && without != sets && set(&without) == 0;
+    let done = work();
+    if dropped {
+        set(&sets);
+    }
+    done
+}
+
 pub fn parent() -> libc::pid_t {
     // SAFETY: cannot fail.
     unsafe { libc::getppid() }

@@ -85,14 +85,15 @@ impl Control {
     }
 
     /// Makes a device with one queue; the driver chooses its number. What comes back is what the driver agreed to:
-    /// flags that it does not know are missing.
-    pub fn add(&mut self, depth: u16, max_io_bytes: u32, flags: u64) -> io::Result<DeviceInfo> {
+    /// flags that it does not know are missing. `stamp`: kept with it ([`super::stamp`]).
+    pub fn add(&mut self, depth: u16, max_io_bytes: u32, flags: u64, stamp: u64) -> io::Result<DeviceInfo> {
         let mut info = DeviceInfo {
             nr_hw_queues: 1,
             queue_depth: depth,
             max_io_buf_bytes: max_io_bytes,
             dev_id: NO_DEVICE,
             flags,
+            server_flags: stamp,
             ..DeviceInfo::default()
         };
         self.with(uapi::ADD_DEV, NO_DEVICE, &mut info)?;
@@ -113,9 +114,9 @@ impl Control {
     }
 
     /// The block device appears. Waits until all requests were fetched, and before 7.0 until its partition table was
-    /// read through the queue thread.
-    pub fn start(&mut self, device: u32) -> io::Result<()> {
-        self.plain(uapi::START_DEV, device, u64::from(std::process::id()))
+    /// read (see `queue::Queue::scanned`). The queue thread is one of the process `server`.
+    pub fn start(&mut self, device: u32, server: u32) -> io::Result<()> {
+        self.plain(uapi::START_DEV, device, u64::from(server))
     }
 
     /// The block device disappears: what is under way ends, what is begun later fails. Needs the queue thread until it
@@ -173,6 +174,18 @@ pub fn open_char(device: u32) -> io::Result<File> {
             opened => return opened,
         }
     }
+}
+
+/// The numbers of all devices there are, whoever made them, in service or not.
+pub fn all() -> Vec<u32> {
+    let listed = std::fs::read_dir("/sys/class/ublk-char")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let number = |name: String| name.strip_prefix("ublkc")?.parse().ok();
+    listed
+        .filter_map(|entry| number(entry.file_name().into_string().ok()?))
+        .collect()
 }
 
 /// What `hello` tells of the driver.

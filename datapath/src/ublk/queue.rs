@@ -46,6 +46,11 @@ pub struct Queue {
     pub device: u32,
     pub shows: Shows,
     pub depth: u16,
+    /// Whether the driver may read the device's partition table by itself when it starts.
+    ///
+    /// It does so only for servers with CAP_SYS_ADMIN, and before 7.0 inside START_DEV, with the device's locks held: when
+    /// its server dies then, device, sync(2) and all who come near it hang for ever.
+    pub scanned: bool,
     file: File,
     descriptors: Mapping,
     buffers: Buffers,
@@ -53,13 +58,14 @@ pub struct Queue {
 
 impl Queue {
     /// `file`: the character device.
-    pub fn new(device: u32, shows: Shows, depth: u16, buffers: Buffers, file: File) -> io::Result<Self> {
+    pub fn new(device: u32, shows: Shows, depth: u16, scanned: bool, buffers: Buffers, file: File) -> io::Result<Self> {
         // Exactly this length, rounded to a page: the driver refuses any other (ublk_ch_mmap).
         let descriptors = Mapping::of_driver(&file, usize::from(depth) * size_of::<Descriptor>())?;
         Ok(Self {
             device,
             shows,
             depth,
+            scanned,
             file,
             descriptors,
             buffers,

@@ -49,6 +49,7 @@ class Origin:
     top: str = ""
     insert: str = ""
     ublk_id: int = -1
+    reset: str = ""
     counters: dict[str, int] = field(default_factory=lambda: {"writes": 0, "marks": 0})
 
     def close(self) -> None:
@@ -104,6 +105,28 @@ class FakeDatapath(ControlServer):
         self.origins[origin].map.record_write(offset, length)
         self.origins[origin].counters["writes"] += 1
         self.sync(origin)
+
+    def take_over(self, origin: str, path: Path, *, top: str, reset: str) -> None:
+        """Have an origin that a data path before this one has left, with a new generation."""
+        fd = os.open(path, os.O_RDWR)
+        try:
+            _, maps = self._origin_add(
+                [fd],
+                origin,
+                0,
+                str(uuid.uuid4()),
+                0,
+                1,
+                read_only=False,
+                label=str(path),
+                front="ublk",
+                top=top,
+            )
+        finally:
+            os.close(fd)
+        for one in maps:
+            os.close(one)
+        self.origins[origin].reset = reset
 
     def sync(self, origin: str) -> None:
         """Bring memory files in step with the map, as the engine does at once."""
@@ -348,6 +371,7 @@ class FakeDatapath(ControlServer):
             "ublk_id": one.ublk_id,
             "top": one.top,
             "insert": one.insert,
+            "reset": one.reset,
         }
 
     def _node(self, one: Origin) -> str:

@@ -303,6 +303,64 @@ def test_deaths_of_the_data_path_stop_no_file_system(live: Path, tmp_path: Path)
         held.kill()
 
 
+def test_a_mounted_top_grows_with_its_origin(datapath: Datapath, tmp_path: Path) -> None:
+    """Twice, on any kernel, under verified writes: the history goes on with the new part marked, and an image as it was."""
+    sizes = (SIZE // 2, SIZE * 3 // 4, SIZE)
+    with devices.brd(SIZE) as disk, devices.dm("grows", f"0 {sizes[0] // 512} linear {disk} 0") as origin:
+        tracked = nodes.tracked_top(datapath, origin, "blksnap-test")
+        nodes.make_file_system(tracked.node, "ext4")
+        snapshot, (image,) = ublk.take(tracked)
+        content, before = ublk.read(image), tracked.origin.info()
+        with (
+            nodes.mounted(tracked.node, tmp_path / "m") as directory,
+            nodes.load(directory / "file", 8 * MIB),
+        ):
+            for size in sizes[1:]:
+                devices.run("dmsetup", "load", "grows", "--table", f"0 {size // 512} linear {disk} 0")
+                devices.run("dmsetup", "suspend", "grows")
+                devices.run("dmsetup", "resume", "grows")
+                datapath.control.call("origin.resize", origin=tracked.origin.name)
+                reading = tracked.origin.info()
+                assert (reading.size, reading.state, reading.clients) == (size, "tracking", 1)
+                assert (reading.generation, reading.node) == (before.generation, before.node)
+                devices.run("resize2fs", str(tracked.node))
+        assert set(range(sizes[0] >> 16, SIZE >> 16)) <= tracked.maps().changed(1, live=True)
+        assert ublk.read(image) == content
+        assert len(ublk.read(tracked.node)) == SIZE
+        assert len(ublk.fronts()) == 2
+        assert nodes.is_clean(tracked.node, "ext4")
+        snapshot.destroy()
+        tracked.remove()
+        assert (ublk.fronts(), nodes.names()) == ([], {"grows"})
+
+
+def test_a_shrunk_origin_is_broken(datapath: Datapath) -> None:
+    """And says why: what is behind its end is not there any more."""
+    with devices.brd(SIZE) as disk, devices.dm("shrinks", f"0 {SIZE // 512} linear {disk} 0") as origin:
+        tracked = nodes.tracked_top(datapath, origin, "blksnap-test")
+        devices.run("dmsetup", "load", "shrinks", "--table", f"0 {SIZE // 1024} linear {disk} 0")
+        devices.run("dmsetup", "suspend", "shrinks")
+        devices.run("dmsetup", "resume", "shrinks")
+        with pytest.raises(Refused, match="smaller") as refused:
+            datapath.control.call("origin.resize", origin=tracked.origin.name)
+        assert refused.value.code == "invalid-state"
+        assert tracked.origin.info().state == "broken"
+        tracked.remove(force=True)
+
+
+def test_a_disk_that_hangs_hangs_no_attach(datapath: Datapath) -> None:
+    """Nothing is read from it before somebody wants to: not even its partition table."""
+    with devices.brd(SIZE) as disk, devices.dm("hangs", f"0 {SIZE // 512} linear {disk} 0") as origin:
+        devices.run("dmsetup", "suspend", "hangs")
+        try:
+            tracked = nodes.tracked_top(datapath, origin, "blksnap-test")
+            assert tracked.origin.info().state == "tracking"
+        finally:
+            devices.run("dmsetup", "resume", "hangs")
+        ublk.write(tracked.node, 0, b"x" * 4096)
+        tracked.remove()
+
+
 def test_a_saved_map_is_not_continued_under_a_device_in_use(
     datapath: Datapath, live: Path, tmp_path: Path
 ) -> None:

@@ -313,6 +313,46 @@ async def test_killing_the_data_path_fails_no_io(tracked: TrackedDevice, rig: tu
     )
 
 
+async def test_losing_all_that_keeps_the_maps_stops_no_file_system(
+    tracked: TrackedDevice, rig: tuple[Bus, Daemon], directory: Path
+) -> None:
+    """The data path and its holder are killed, also with the service: a new generation and why, snapshots are gone."""
+    _, daemon = rig
+    devices.run("mkfs.ext4", "-q", str(tracked.node))
+    with mounted(tracked.node, directory / "mnt") as target:
+        for with_service in (False, True):
+            taken = await tracked.snapshot()
+            generation = await tracked.get("GenerationId")
+            load = asyncio.create_task(asyncio.to_thread(scatter, target, 200, 8))
+            await asyncio.sleep(1)
+            if with_service:
+                await daemon.end(signal.SIGKILL)
+            daemon.lose_datapath()
+            if with_service:
+                await daemon.start()
+            async with asyncio.timeout(60):
+                while await tracked.get("GenerationId") == generation:  # noqa: ASYNC110 - as clients may
+                    await asyncio.sleep(0.1)
+            await load
+            assert await tracked.get("State") == "tracking"
+            assert await tracked.get("Node") == str(tracked.node)
+            assert "killed together" in await tracked.get("LastReset")
+            async with asyncio.timeout(20):
+                while taken.path in await tracked.user.objects():  # noqa: ASYNC110 - the same
+                    await asyncio.sleep(0.1)
+        first = await tracked.snapshot()
+        before = await asyncio.to_thread(read, first.node)
+        scatter(target, 30, seed=9)
+        second = await tracked.snapshot()
+        after = await asyncio.to_thread(read, second.node)
+        assert differing(before, after, await tracked.get("BlockSize")) <= await tracked.changed_since(
+            first.number
+        )
+        await first.destroy()
+        await second.destroy()
+    devices.run("fsck.ext4", "-n", "-f", str(tracked.node))
+
+
 async def test_a_mounted_logical_volume_is_tracked_where_it_is(
     disk: Path, user: Client, directory: Path
 ) -> None:

@@ -130,6 +130,12 @@ def fio(name: str, *options: str) -> dict[str, Any]:
     return job
 
 
+def fronts() -> list[str]:
+    """All ublk devices, started or not."""
+    found = Path("/sys/class/ublk-char")
+    return sorted(one.name for one in found.iterdir()) if found.exists() else []
+
+
 def await_writes(tracked: Tracked, count: int) -> None:
     """Return after ``count`` more writes. Raises ``TimeoutError``."""
     goal, end = tracked.counters()["writes"] + count, time.monotonic() + 60
