@@ -11,7 +11,7 @@ import pytest
 
 from tests.nbd.control import Refused, opened
 from tests.nbd.datapath import Datapath, new_id
-from tests.vm.guest import devices, ublk
+from tests.vm.guest import devices, kinds, ublk
 from tests.vm.guest.ublk import MIB
 
 SIZE = 32 * MIB
@@ -206,9 +206,12 @@ def test_force_removes_a_mounted_node(datapath: Datapath, tmp_path: Path) -> Non
         again.remove()
 
 
-def test_bytes_written_behind_the_tracker_end_the_generation(datapath: Datapath) -> None:
+@pytest.mark.parametrize("kind", ["null_blk", "scsi_debug", "loop"])
+def test_bytes_written_behind_the_tracker_end_the_generation(
+    datapath: Datapath, tmp_path: Path, kind: str
+) -> None:
     """The disk's own count of sectors tells of a dd to it; without one the generation goes on, whatever was written."""
-    with devices.null_blk(SIZE) as disk:
+    with kinds.disk(kind, SIZE, tmp_path) as disk:
         tracked = ublk.track(datapath, disk)
         generation = tracked.origin.info().generation
         for round_ in range(2):
@@ -258,6 +261,19 @@ def test_a_file_is_refused(datapath: Datapath) -> None:
     with pytest.raises(Refused, match="NBD") as refused:
         datapath.add(front="ublk")
     assert refused.value.code == "invalid"
+
+
+def test_disks_of_other_kinds_are_refused(datapath: Datapath) -> None:
+    """Zoned ones, and such as keep integrity data: with the reason, and nothing is left over them."""
+    with devices.null_blk(SIZE, zoned=True) as disk:
+        with pytest.raises(Refused, match="zoned") as refused:
+            ublk.track(datapath, disk)
+        assert refused.value.code == "invalid"
+    with devices.scsi_debug(SIZE, dif=1, dix=1) as disk:
+        with pytest.raises(Refused, match="integrity") as refused:
+            ublk.track(datapath, disk)
+        assert refused.value.code == "invalid"
+    assert not list(Path("/dev").glob("ublk[bc]*"))
 
 
 def test_many_origins_come_and_go(datapath: Datapath) -> None:

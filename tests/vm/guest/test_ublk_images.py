@@ -145,21 +145,6 @@ def test_images_of_several_origins_are_of_one_take(datapath: Datapath) -> None:
         second.remove()
 
 
-def test_a_full_storage_fails_the_image_and_not_the_origin(datapath: Datapath) -> None:
-    """Writes go on; the image answers errors and can be destroyed."""
-    with devices.brd(SIZE) as disk:
-        tracked = ublk.track(datapath, disk)
-        ublk.fio("fill", f"--filename={tracked.node}", f"--size={SIZE}", "--rw=write", "--bs=256k")
-        snapshot, (image,) = ublk.take(tracked, storage_bytes=4 * MIB)
-        ublk.fio("v", *ublk.verified_writes(tracked.node, 16 * MIB))
-        assert snapshot.info().state == "failed"
-        with pytest.raises(OSError, match="Input/output error"):
-            ublk.read(image)
-        snapshot.destroy()
-        assert not image.exists()
-        tracked.remove()
-
-
 def test_forced_removal_takes_the_images_along(datapath: Datapath) -> None:
     """Their nodes are gone; the snapshot is failed and can be destroyed."""
     with devices.brd(SIZE) as disk:
