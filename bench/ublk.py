@@ -75,9 +75,11 @@ async def ublk(binary: Path, kernel: str, rounds: int) -> list[Figure]:
 
 
 def _run(running: Guest) -> tuple[int, str]:
-    """How the guest ended, and its last words."""
-    lines = list(running.output)
-    return running.wait(), " ".join(lines[-1:])
+    """How the guest ended, and its last words; it says each reading as it has it."""
+    line = ""
+    for line in running.output:
+        print(f"bench: {line}", file=sys.stderr)
+    return running.wait(), line
 
 
 def _through(readings: _Readings, release: str, *, zero_copy: bool) -> Iterator[Figure]:

@@ -2,7 +2,7 @@
 """
 The part of `bench.ublk` that runs in a guest: the same loads over the same memory through every stack that is compared.
 
-Writes its readings as JSON to the file it is given. Needs root, one processor, and a kernel with nothing else to do.
+Prints each reading, and writes all as JSON to the file it is given. Needs root, one processor, and a kernel with nothing else to do.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ ON, OFF, TOP = "ours", "ours, tracking off", "ours, dm-linear on top"
 DM_SNAPSHOT = "dm-snapshot N"
 
 RANDOM = (
-    Load("4k random write, depth 32", "randwrite", 4096, 32, 10_000),
-    Load("4k random write, depth 1", "randwrite", 4096, 1, 10_000),
-    Load("4k random read, depth 32", "randread", 4096, 32, 10_000),
-    Load("4k random read, depth 1", "randread", 4096, 1, 10_000),
+    Load("4k random write, depth 32", "randwrite", 4096, 32, 5_000),
+    Load("4k random write, depth 1", "randwrite", 4096, 1, 5_000),
+    Load("4k random read, depth 32", "randread", 4096, 32, 5_000),
+    Load("4k random read, depth 1", "randread", 4096, 1, 5_000),
 )
 SEQUENTIAL = (
-    Load("128k write, depth 8", "write", 128 << 10, 8, 1_500),
-    Load("128k read, depth 8", "read", 128 << 10, 8, 1_500),
+    Load("128k write, depth 8", "write", 128 << 10, 8, 800),
+    Load("128k read, depth 8", "read", 128 << 10, 8, 800),
 )
 _TOUCH = "write:60k"
-FIRST = Load("first touch: one 4k write into each 64k chunk, depth 1", _TOUCH, 4096, 1, 2_000)
-FIRST_DEEP = Load("first touch: one 4k write into each 64k chunk, depth 32", _TOUCH, 4096, 32, 2_000)
-REWRITE = Load("rewrite: the same with the chunks kept, depth 1", _TOUCH, 4096, 1, 2_000)
-REWRITE_DEEP = Load("rewrite: the same with the chunks kept, depth 32", _TOUCH, 4096, 32, 2_000)
+FIRST = Load("first touch: one 4k write into each 64k chunk, depth 1", _TOUCH, 4096, 1, 1_000)
+FIRST_DEEP = Load("first touch: one 4k write into each 64k chunk, depth 32", _TOUCH, 4096, 32, 1_000)
+REWRITE = Load("rewrite: the same with the chunks kept, depth 1", _TOUCH, 4096, 1, 1_000)
+REWRITE_DEEP = Load("rewrite: the same with the chunks kept, depth 32", _TOUCH, 4096, 32, 1_000)
 
 # Each origin's order is first touch, then rewrite of the very same chunks.
 TOUCHES = ((FIRST, REWRITE), (FIRST_DEEP, REWRITE_DEEP))
@@ -67,11 +67,15 @@ class Reading:
 
 
 def main(output: Path, rounds: int) -> None:
-    """Measure everything `rounds` times and write what was found."""
+    """Measure everything `rounds` times, say how it goes, and write what was found."""
+    readings = []
+    for _ in range(rounds):
+        for part in (_plain, _large, _kept):
+            for reading in part():
+                print(f"{reading.disk}, {reading.load}, {reading.stack}: {reading.value:.0f}", flush=True)
+                readings.append(asdict(reading))
     found = {
-        "readings": [
-            asdict(reading) for _ in range(rounds) for part in (_plain, _large, _kept) for reading in part()
-        ],
+        "readings": readings,
         "memory": [_memory(count) for count in COUNTS],
         "zero_copy": _zero_copy(),
     }
