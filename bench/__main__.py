@@ -93,8 +93,7 @@ async def _measure(options: argparse.Namespace, directory: Path, figures: list[F
             case "memory":
                 figures += await datapath_memory(binary, directory)
             case "ublk":
-                for kernel in options.kernel or KERNELS:
-                    figures += await ublk(binary, kernel, options.rounds or UBLK_ROUNDS)
+                figures += await ublk(binary, options.kernel or KERNELS, options.rounds or UBLK_ROUNDS)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -37,8 +37,12 @@ _REWRITE = Bar(Sense.AT_MOST, 1.25)
 _Readings = Mapping[tuple[str, str, str], Sequence[float]]
 
 
-async def ublk(binary: Path, kernel: str, rounds: int) -> list[Figure]:
-    """Measure `rounds` times in one guest. Raises DemoError when the guest or a load in it failed."""
+async def ublk(binary: Path, kernels: Sequence[str], rounds: int) -> list[Figure]:
+    """Measure `rounds` times in one guest of each kernel. Raises DemoError when a guest or a load in it failed."""
+    return [figure for kernel in kernels for figure in await _on(binary, kernel, rounds)]
+
+
+async def _on(binary: Path, kernel: str, rounds: int) -> list[Figure]:
     machine = Machine(
         series=kernel,
         memory_mib=3072,
