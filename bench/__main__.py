@@ -27,12 +27,17 @@ from bench.nbd import nbd
 from bench.processes import Gone
 from bench.report import Figure, as_json, document, surroundings
 from bench.service import service
+from bench.ublk import ublk
 from blksnap_service.datapath.process import find_binary
 from blksnap_service.errors import BlksnapError
 from blksnap_tui.errors import BlksnapError as ClientError
 from demo.programs import DemoError
 
 PARTS = ("nbd", "cow", "maps", "filter", "service", "memory")
+UBLK = "ublk"
+"""Not one of all: it boots a guest on a kernel that has to be fetched, and exact figures need no second reading."""
+KERNELS = ("6.12", "7")
+ROUNDS, UBLK_ROUNDS = 12, 3
 _BUILT = Path(__file__).resolve().parents[1] / "datapath" / "target" / "release" / "blksnap-datapath"
 
 
@@ -71,31 +76,43 @@ async def _measure(options: argparse.Namespace, directory: Path, figures: list[F
     binary = directory / "blksnap-datapath"
     shutil.copy2(options.datapath or (_BUILT if _BUILT.is_file() else find_binary()), binary)
     os.environ["BLKSNAP_DATAPATH"] = str(binary)
+    rounds = options.rounds or ROUNDS
     for part in options.part or PARTS:
         print(f"bench: {part}", file=sys.stderr)
         match part:
             case "nbd":
-                figures += await nbd(binary, directory, options.rounds, options.attempts)
+                figures += await nbd(binary, directory, rounds, options.attempts)
             case "cow":
-                figures += await first_touch(binary, directory, options.rounds)
+                figures += await first_touch(binary, directory, rounds)
             case "maps":
-                figures += maps(options.rounds)
+                figures += maps(rounds)
             case "filter":
-                figures += await filter_map(directory, options.rounds)
+                figures += await filter_map(directory, rounds)
             case "service":
-                figures += await service(directory, options.rounds)
+                figures += await service(directory, rounds)
             case "memory":
                 figures += await datapath_memory(binary, directory)
+            case "ublk":
+                figures += await ublk(binary, options.kernel or KERNELS, options.rounds or UBLK_ROUNDS)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="Measures blksnap against its bars.")
     # argparse checks an empty list against the choices too: no `choices` here.
     parser.add_argument(
-        "part", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)} (default: all, in this order)"
+        "part",
+        nargs="*",
+        metavar="PART",
+        help=f"one of {', '.join(PARTS)} (default: all, in this order), or {UBLK}",
     )
     parser.add_argument(
-        "--rounds", type=int, default=12, help="readings of each figure (default: %(default)s)"
+        "--kernel",
+        choices=KERNELS,
+        action="append",
+        help=f"of {UBLK}: the kernel to measure on; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help=f"readings of each figure (default: {ROUNDS}; of {UBLK} {UBLK_ROUNDS})"
     )
     parser.add_argument(
         "--attempts",
@@ -112,9 +129,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--datapath", type=Path, metavar="PATH", help="the program blksnap-datapath")
     options = parser.parse_args(arguments)
-    if unknown := set(options.part) - set(PARTS):
-        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
-    if options.rounds < 1 or options.attempts < 1:
+    if unknown := set(options.part) - {*PARTS, UBLK}:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are: {', '.join((*PARTS, UBLK))}")
+    if (options.rounds is not None and options.rounds < 1) or options.attempts < 1:
         parser.error("at least one round and one attempt are needed")
     return options
 
