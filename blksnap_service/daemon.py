@@ -84,7 +84,7 @@ async def _run(options: argparse.Namespace) -> None:
                 _log.info("ready on %s", options.bus)
                 await _serve(service, connection, stop)
                 if options.bus == "system" and await _machine_stops(connection):
-                    await service.end_snapshots()
+                    await _end_snapshots(service)
                 await publisher.stop()
             finally:
                 tree.close()
@@ -147,6 +147,15 @@ async def _machine_stops(connection: wire.Connection) -> bool:
         )
         return bool(state.value == "stopping")
     return False
+
+
+async def _end_snapshots(service: Service) -> None:
+    """End all: none outlives the machine, and while one has a file its storage's file system cannot be unmounted."""
+    for one in service.snapshots:
+        try:
+            await service.snapshots.destroy(one)
+        except errors.BlksnapError as error:
+            _log.warning("snapshot %s ends with the machine, not before: %s", one.id, error)
 
 
 async def _serve(service: Service, connection: wire.Connection, stop: asyncio.Event) -> None:

@@ -130,7 +130,8 @@ class Service:
         """Attach a tracker, after every boot too if ``persistent``. Raises as ``Registry.attach``."""
         await self._look_for_backends()
         record_it = persistent and device.kind == "block"
-        if not record_it or self.registry.choice(device, backend) == kernelfilter.NAME:
+        choice = self.registry.choice(device, backend)
+        if not record_it or choice == kernelfilter.NAME:
             # What the kernel filter tracks is to be mounted as it is: udev is not to hide it, as it does what has a record.
             await self.registry.attach(
                 device, owner_uid=owner_uid, backend=backend, block_size=block_size, persistent=persistent
@@ -138,7 +139,7 @@ class Service:
             return
         known = device.stable_key in await asyncio.to_thread(self._records.all)
         record = await asyncio.to_thread(
-            self._records.remember, device, owner_uid=owner_uid, backend=backend, block_size=block_size
+            self._records.remember, device, owner_uid=owner_uid, backend=choice, block_size=block_size
         )
         try:
             device = replace(device, node_name=record.name)
@@ -174,7 +175,7 @@ class Service:
             await self.registry.attach(
                 device,
                 owner_uid=record.owner_uid,
-                backend=record.backend,
+                backend=record.backend or UblkBackend.front,  # of all that can, what has a node to be mounted
                 block_size=record.block_size,
                 persistent=True,
             )
@@ -203,14 +204,6 @@ class Service:
                     if image.path and Identity.of(Path(image.path).stat()) == identity:
                         return f"an image of snapshot {one.id}"
         return ""
-
-    async def end_snapshots(self) -> None:
-        """End all: none outlives the machine, and while one has a file its storage's file system cannot be unmounted."""
-        for one in self.snapshots:
-            try:
-                await self.snapshots.destroy(one)
-            except errors.BlksnapError as error:
-                _log.warning("snapshot %s ends with the machine, not before: %s", one.id, error)
 
     async def collect(self) -> None:
         """Adopt snapshots this service does not know yet."""
