@@ -160,7 +160,7 @@ class _Host:
         reason = {DIED: "the guest died", TIMED_OUT: "the time limit ended the guest"}.get(
             status, "no report came"
         )
-        tail = "\n".join((*output[-40:], "--- console:", *console[-40:]))
+        tail = "\n".join((*output[-40:], "--- console:", *console[-100:]))
         return status, f"{reason} (status {status}, kept {guest.directory})\n{tail}", reports
 
 
