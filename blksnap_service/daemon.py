@@ -83,6 +83,8 @@ async def _run(options: argparse.Namespace) -> None:
                     raise
                 _log.info("ready on %s", options.bus)
                 await _serve(service, connection, stop)
+                if options.bus == "system" and await _machine_stops(connection):
+                    await _end_snapshots(service)
                 await publisher.stop()
             finally:
                 tree.close()
@@ -128,6 +130,32 @@ async def _attach_at_boot(options: argparse.Namespace) -> None:
     await boot.attach(
         options.attach_at_boot, records, BlockDevices(ours, records), lambda: Catalogue(state_dir), track
     )
+
+
+async def _machine_stops(connection: wire.Connection) -> bool:
+    """Whether it is not this service alone that is to stop, as far as systemd says."""
+    names = ["org.freedesktop.systemd1.Manager", "SystemState"]
+    with contextlib.suppress(errors.BlksnapError):
+        (state,) = await connection.call(
+            "org.freedesktop.systemd1",
+            "/org/freedesktop/systemd1",
+            "org.freedesktop.DBus.Properties",
+            "Get",
+            "ss",
+            names,
+            timeout=5,
+        )
+        return bool(state.value == "stopping")
+    return False
+
+
+async def _end_snapshots(service: Service) -> None:
+    """End all: none outlives the machine, and while one has a file its storage's file system cannot be unmounted."""
+    for one in service.snapshots:
+        try:
+            await service.snapshots.destroy(one)
+        except errors.BlksnapError as error:
+            _log.warning("snapshot %s ends with the machine, not before: %s", one.id, error)
 
 
 async def _serve(service: Service, connection: wire.Connection, stop: asyncio.Event) -> None:

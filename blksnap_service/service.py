@@ -135,13 +135,14 @@ class Service:
             self.registry.attach, owner_uid=owner_uid, backend=backend, block_size=block_size, work=work
         )
         record_it = persistent and device.kind == "block"
-        if not record_it or self.registry.choice(device, backend) == kernelfilter.NAME:
+        choice = self.registry.choice(device, backend)
+        if not record_it or choice == kernelfilter.NAME:
             # What the kernel filter tracks is to be mounted as it is: udev is not to hide it, as it does what has a record.
             await attach(device, persistent=persistent)
             return
         known = device.stable_key in await asyncio.to_thread(self._records.all)
         record = await asyncio.to_thread(
-            self._records.remember, device, owner_uid=owner_uid, backend=backend, block_size=block_size
+            self._records.remember, device, owner_uid=owner_uid, backend=choice, block_size=block_size
         )
         try:
             device = replace(device, node_name=record.name)
@@ -175,7 +176,7 @@ class Service:
             await self.registry.attach(
                 device,
                 owner_uid=record.owner_uid,
-                backend=record.backend,
+                backend=record.backend or UblkBackend.front,  # of all that can, what has a node to be mounted
                 block_size=record.block_size,
                 persistent=True,
             )

@@ -13,6 +13,7 @@ from blksnap_service import errors
 from blksnap_service.backends.datapath import freeze
 from blksnap_service.devices import Device
 from blksnap_service.fds import OwnedFd
+from blksnap_service.persistent import Records
 from blksnap_service.snapshot import Request
 from blksnap_service.storage import Identity
 from blksnap_service.tracker import Placement
@@ -185,6 +186,23 @@ async def test_a_block_device_is_best_tracked_by_ublk(
     assert infos["ublk"].reason == "the kernel module ublk_drv is not loaded"
     with pytest.raises(errors.NotAvailable, match="ublk_drv is not loaded"):
         await attached(rig, device, "ublk")
+
+
+async def test_what_is_to_be_tracked_at_boot_has_the_node_it_is_mounted_by(
+    rig: Running, fake: FakeDatapath, machine: Machine, tmp_path: Path
+) -> None:
+    """Its record says what tracked it; without that it is not served by another backend, which has another node."""
+    device = replace(machine.disk("sdb"), stable_key="serial-1")
+    rig.service.inventory.keep(device)
+    rig.service._records = Records(tmp_path / "attach")
+    await rig.service.attach(device, owner_uid=0, backend="", block_size=0, persistent=True)
+    record = rig.service._records.named("sdb")
+    assert record.backend == "ublk"
+    await rig.service.registry.detach(device)
+    await greet(rig, fake, ublk=(False, "the kernel module ublk_drv is not loaded"))
+    for one in (record, replace(record, backend="")):
+        with pytest.raises(errors.NotAvailable, match="ublk_drv is not loaded"):
+            await rig.service._attach_record(one)
 
 
 @pytest.mark.parametrize("name", ["bpf"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.vm.errors import VmError
 from tests.vm.kernels import OWN, OWN_VARIABLE, SUITES
-from tests.vm.machine import DIED, TIMED_OUT, Disk, Guest, Machine
+from tests.vm.machine import DEFAULT_DISKS, DIED, TIMED_OUT, Disk, Guest, Machine
 from tests.vm.selection import inner_pytest
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -38,7 +38,13 @@ def parse_disk(text: str) -> Disk:
 
 def main(arguments: list[str]) -> int:
     """Parse, boot, copy the output, pass the exit status on."""
-    options = _parser().parse_args(arguments)
+    # argparse takes what follows options for none of its positionals (bpo-14191): what is behind -- is not shown to it.
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments[:end])
+    selection = arguments[end + 1 :] or ["tests/vm/guest"]
+    if options.shell is not None and end < len(arguments):
+        parser.error("either --shell or arguments for pytest")
     started = time.monotonic()
     machine = Machine(
         series=options.kernel,
@@ -47,9 +53,9 @@ def main(arguments: list[str]) -> int:
         time_limit_s=options.time_limit,
         append=options.append,
         qemu=tuple(options.qemu),
-        **({"disks": tuple(options.disk)} if options.disk else {}),
+        disks=tuple(options.disk) or DEFAULT_DISKS,
     )
-    command = options.shell or f"exec {inner_pytest(options.pytest, color=sys.stdout.isatty())}"
+    command = options.shell or f"exec {inner_pytest(selection, color=sys.stdout.isatty())}"
     # The first line is the guest's own, so that the time to the first test can be told from the boot.
     with Guest(machine, f"echo; {command}") as guest:
         for number, line in enumerate(guest.output):
@@ -73,7 +79,12 @@ def _say(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.vm",
+        usage="%(prog)s KERNEL [OPTION …] [--shell COMMAND | -- PYTEST-ARGUMENT …]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "kernel", choices=(*SUITES, OWN), help=f"which stock kernel, or {OWN}: that of ${OWN_VARIABLE}"
     )
@@ -85,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--disk",
         type=parse_disk,
         action="append",
+        default=[],
         metavar="SIZE|FILE[:SIZE]",
         help="a disk, empty or kept; may be repeated (8G and 8G)",
     )
@@ -95,9 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--qemu", action="append", default=[], metavar="WORD", help="for qemu's; may be repeated"
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--shell", metavar="COMMAND", help="run this instead of pytest")
-    what.add_argument("pytest", nargs="*", default=["tests/vm/guest"], help="after --: pytest's arguments")
+    parser.add_argument("--shell", metavar="COMMAND", help="run this instead of pytest")
     return parser
 
 

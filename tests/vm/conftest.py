@@ -119,7 +119,19 @@ class _Host:
     def _run(
         self, kernel: str, nodeids: Sequence[str], limit_s: float
     ) -> tuple[str, dict[str, list[pytest.TestReport]]]:
-        """What to say of tests without a report, and the reports by node id in the order in which the tests began."""
+        """What to say of tests without a report, and the reports by node id in the order in which the tests began.
+
+        A guest that dies before it came as far as a test has died of something else; once it is given another life.
+        """
+        status, why, reports = self._run_once(kernel, nodeids, limit_s)
+        if status == DIED and not reports:
+            _, why_again, reports = self._run_once(kernel, nodeids, limit_s)
+            why = f"{why}\n--- and once more:\n{why_again}"
+        return why, reports
+
+    def _run_once(
+        self, kernel: str, nodeids: Sequence[str], limit_s: float
+    ) -> tuple[int, str, dict[str, list[pytest.TestReport]]]:
         command = inner_pytest(["-q", "--no-header", "--no-summary", "-m", "vm", "@/run/vm/tests"])
         machine = Machine(kernel, time_limit_s=limit_s)
         guest = Guest(machine, command, {REPORTS_VARIABLE: "/run/vm/reports"})
@@ -148,8 +160,8 @@ class _Host:
         reason = {DIED: "the guest died", TIMED_OUT: "the time limit ended the guest"}.get(
             status, "no report came"
         )
-        tail = "\n".join((*output[-40:], "--- console:", *console[-40:]))
-        return f"{reason} (status {status}, kept {guest.directory})\n{tail}", reports
+        tail = "\n".join((*output[-40:], "--- console:", *console[-100:]))
+        return status, f"{reason} (status {status}, kept {guest.directory})\n{tail}", reports
 
 
 def _is_guest_item(item: pytest.Item) -> bool:

@@ -50,6 +50,9 @@ class Disk:
     path: Path | None = None
 
 
+DEFAULT_DISKS = (Disk(8 << 30), Disk(8 << 30))
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What a guest is made of. `qemu` and `append` go to the end of qemu's and of the kernel's command line."""
@@ -57,10 +60,12 @@ class Machine:
     series: str
     memory_mib: int = 4096
     cpus: int = 2
-    disks: tuple[Disk, ...] = (Disk(8 << 30), Disk(8 << 30))
+    disks: tuple[Disk, ...] = DEFAULT_DISKS
     time_limit_s: float = 900
     append: str = ""
     qemu: tuple[str, ...] = ()
+    init: Path | None = None
+    """A shell script to be process 1 in place of running the command; what it starts runs `/run/vm/command`."""
 
 
 class Guest:
@@ -104,6 +109,8 @@ class Guest:
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
         text = f"{exports}cd {shlex.quote(str(TREE))} || exit {DIED}\n{self._command}\n"
         (self.directory / "command").write_text(text)
+        if self.machine.init is not None:
+            (self.directory / "init").write_text(self.machine.init.read_text())
         try:
             with self._errors.open("w") as errors:
                 self._process = subprocess.Popen(
@@ -158,9 +165,14 @@ class Guest:
         self._kept = status != 0
         return status
 
+    @property
+    def running(self) -> bool:
+        """Whether the machine has not ended yet; `output` may give more lines when it has."""
+        return self._process is not None and self._process.poll() is None
+
     def cut_power(self) -> None:
         """End the machine at once. Disks keep what qemu has accepted, flushed or not; the guest's memory is gone."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.running:
             self._process.kill()
             self._process.wait()
 

@@ -21,6 +21,8 @@ ln -sfn /proc/self/fd/2 /dev/stderr
 # Booting is quiet; from here on the console log has everything the kernel says.
 echo 8 >/proc/sys/kernel/printk
 
+[ ! -e /run/vm/init ] || . /run/vm/init
+
 read -r up _ </proc/uptime
 echo "vm: command starts after $up s" >/dev/kmsg
 /bin/sh /run/vm/command </dev/null >/dev/vport0p1 2>&1

@@ -75,14 +75,7 @@ def test_a_disk_is_kept_across_a_power_cut(tmp_path: Path) -> None:
 
 def test_every_test_of_a_guest_is_reported_for_what_it_did() -> None:
     """A failure and a skip with their reasons; a panic fails the test that was running, and no other."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "tests/vm/guest/sabotage.py"],
-        cwd=TREE,
-        env=os.environ | {KERNELS_VARIABLE: KERNEL},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    done = run_on_host("tests/vm/guest/sabotage.py")
     outcomes = re.findall(rf"^(\w+) \S*sabotage.py::(\w+)\[{KERNEL}\]", done.stdout, re.MULTILINE)
     assert sorted(outcomes) == [
         ("FAILED", "test_fails"),
@@ -94,5 +87,39 @@ def test_every_test_of_a_guest_is_reported_for_what_it_did() -> None:
     assert "the reason" in done.stdout
     assert "printed before" in done.stdout
     assert "Kernel panic" in done.stdout
-    for kept in set(re.findall(r"kept (?:in )?(\S+blksnap-vm-\w+)", done.stdout)):
-        shutil.rmtree(kept)
+    remove_kept(done.stdout)
+
+
+def test_a_guest_that_dies_before_any_test_is_tried_twice() -> None:
+    """And then what it said both times is what the tests fail with."""
+    done = run_on_host("tests/vm/guest/sabotage_early.py")
+    assert re.findall(r"^(\w+) \S*sabotage_early.py::", done.stdout, re.MULTILINE) == ["FAILED"], done.stdout
+    assert "and once more" in done.stdout
+    assert remove_kept(done.stdout) == 2
+
+
+def test_options_may_stand_before_what_pytest_is_to_do() -> None:
+    """`KERNEL --cpus 1 -- ARGUMENTS`; an argument of pytest's is none of ours."""
+    words = [sys.executable, "-m", "tests.vm", KERNEL, "--cpus", "1", "--memory", "2G", "--", "--version"]
+    done = subprocess.run(words, cwd=TREE, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "pytest"), done.stderr
+
+
+def run_on_host(file: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest as one does who wants the guest tests of a file."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", file],
+        cwd=TREE,
+        env=os.environ | {KERNELS_VARIABLE: KERNEL},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+def remove_kept(output: str) -> int:
+    """Remove the directories that were kept of failures that were wanted; how many there were."""
+    kept = set(re.findall(r"kept (?:in )?(\S+blksnap-vm-\w+)", output))
+    for directory in kept:
+        shutil.rmtree(directory)
+    return len(kept)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.nbd.control import opened
 from tests.nbd.datapath import Datapath, Origin, new_id
 from tests.vm.guest import devices, ublk
 from tests.vm.guest.ublk import Tracked
@@ -146,3 +147,23 @@ def take_all(tracked: Sequence[Tracked], **options: Any) -> dict[str, Any]:
         "snapshot.take", mounts, snapshot=snapshot.name, devices=members, freeze_fds=len(mounts), **options
     )
     return dict(answer) | {"snapshot": snapshot}
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file, and return when it is on the disk."""
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+        os.write(fd, data)
+        os.fdatasync(fd)
+
+
+def sync_directory(directory: Path) -> None:
+    """Return when the names in a directory are on the disk."""
+    with opened(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        os.fsync(fd)
+
+
+def assert_whole(node: Path, kind: str) -> None:
+    """Nothing is to be repaired in a file system that was recovered and unmounted."""
+    words = ("xfs_repair", "-n", str(node)) if kind == "xfs" else ("e2fsck", "-f", "-n", str(node))
+    checked = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

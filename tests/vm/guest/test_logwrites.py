@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,14 @@ import pytest
 
 from tests.nbd.control import opened
 from tests.vm.guest import devices, logwrites, ublk
-from tests.vm.guest.nodes import make_file_system, mounted, tracked_top
+from tests.vm.guest.nodes import (
+    assert_whole,
+    make_file_system,
+    mounted,
+    sync_directory,
+    tracked_top,
+    write_synced,
+)
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -133,23 +139,3 @@ def work(target: Path) -> dict[str, dict[str, str]]:
         logwrites.mark(str(number))
         known[str(number)] = dict(synced)
     return known
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file, and return when it is on the disk."""
-    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
-        os.write(fd, data)
-        os.fdatasync(fd)
-
-
-def sync_directory(directory: Path) -> None:
-    """Return when the names in a directory are on the disk."""
-    with opened(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
-        os.fsync(fd)
-
-
-def assert_whole(node: Path, kind: str) -> None:
-    """Nothing is to be repaired in a file system that was recovered and unmounted."""
-    words = ("xfs_repair", "-n", str(node)) if kind == "xfs" else ("e2fsck", "-f", "-n", str(node))
-    checked = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
