@@ -18,6 +18,7 @@ from blksnap_service.snapshot import Request
 from blksnap_service.storage import Identity
 from blksnap_service.tracker import Placement
 from blksnap_service.trackers import Tracked
+from blksnap_service.work import Work
 from tests.unit.fakes.datapath import FakeDatapath
 from tests.unit.fakes.machine import Machine
 from tests.unit.fakes.service import MIB, Running, nothing_left, running_service
@@ -195,7 +196,7 @@ async def test_what_is_to_be_tracked_at_boot_has_the_node_it_is_mounted_by(
     device = replace(machine.disk("sdb"), stable_key="serial-1")
     rig.service.inventory.keep(device)
     rig.service._records = Records(tmp_path / "attach")
-    await rig.service.attach(device, owner_uid=0, backend="", block_size=0, persistent=True)
+    await rig.service.attach(device, Work(), owner_uid=0, backend="", block_size=0, persistent=True)
     record = rig.service._records.named("sdb")
     assert record.backend == "ublk"
     await rig.service.registry.detach(device)
