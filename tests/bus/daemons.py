@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -60,10 +61,17 @@ class Bus:
         words = ("dbus-daemon", f"--config-file={config}", "--nofork", "--nopidfile", "--nosyslog")
         self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + START_S
-        while not self.path.exists():
+        while not self._listens():
             assert self.process.poll() is None, "dbus-daemon ended"
             assert time.monotonic() < end, "dbus-daemon does not listen"
             time.sleep(0.01)
+
+    def _listens(self) -> bool:
+        """Whether it takes connections: its socket has a name before that."""
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.connect(str(self.path))
+            return True
+        return False
 
     @property
     def address(self) -> str:
@@ -293,8 +301,6 @@ class Signals:
 
     def close(self) -> None:
         """Stop listening."""
-        import socket
-
         with contextlib.suppress(OSError):
             self._caller.socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
