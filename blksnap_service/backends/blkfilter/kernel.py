@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import stat
 import uuid
@@ -28,6 +27,10 @@ BLKGETSIZE64: Final = 0x80081272
 BLKGETDISKSEQ: Final = 0x80081280
 MAP_PAGE: Final = 1 << 20
 """Bytes of a map in one call: a generation before 6.9 keeps the device's queue referenced while it copies."""
+
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_LIBC.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 
 class System(Protocol):
@@ -48,8 +51,13 @@ class RealSystem:
         return OwnedFd(os.open(path, flags | os.O_CLOEXEC))
 
     def ioctl(self, fd: int, request: int, argument: bytearray) -> None:
-        """Call; other threads run meanwhile."""
-        fcntl.ioctl(fd, request, argument, True)
+        """Call; other threads run meanwhile.
+
+        fcntl.ioctl keeps them all waiting when the argument has more than 1024 bytes, as that of waiting for an event has.
+        """
+        if _LIBC.ioctl(fd, request, address_of(argument)) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
 
 def address_of(buffer: bytearray | memoryview) -> int:
