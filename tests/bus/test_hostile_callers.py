@@ -197,6 +197,8 @@ def test_calls_under_way_are_limited_per_caller(service: Service) -> None:
 def test_a_caller_that_leaves_during_its_call_is_nobodys_trouble(service: Service) -> None:
     """The answer goes to a name that is gone."""
     with service.caller() as leaving:
+        # Who calls is asked at the first call; who has left by then is not served.
+        assert not leaving.call("Echo", "sa{sv}", options(text("x"))).error
         leaving.send(leaving.message("Hang", "a{sv}", NO_OPTIONS))
         assert not leaving.ping().error
     with service.caller() as caller:
