@@ -138,8 +138,7 @@ class LineSocket:
             pass
         except OSError as error:
             # send() must not call back into its caller; the reader reports the end in order.
-            reason = error.strerror or "write error"
-            self._loop.call_soon(self._fail, reason)
+            self._loop.call_soon(self._fail, _broken(error))
             return
         if bool(self._out) != self._writing:
             self._writing = bool(self._out)
@@ -154,7 +153,7 @@ class LineSocket:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._fail(error.strerror or "read error")
+            self._fail(_broken(error))
             return
         except FramingError as error:
             self._fail(str(error))
@@ -209,3 +208,8 @@ class LineSocket:
             stack.callback(close_all, fds)
             self._on_line(message, fds)
             stack.pop_all()
+
+
+def _broken(error: OSError) -> str:
+    """For people: most often the data path died before it had read or answered."""
+    return f"the connection to the data path broke: {error.strerror or error}"
