@@ -153,6 +153,9 @@ async def test_a_cancelled_request_leaves_no_descriptors_open(
 ) -> None:
     """The reply comes when nobody waits for it any more; what it carries is closed, and the next reply is the next one's."""
     (await client.origin_add("a", image(tmp_path), generation=GENERATION)).close()
+    # The fake is done with what it sent when it answers the next request.
+    await client.origin_info("a")
+    await client.origin_info("a")
     before = open_descriptors()
     fake.hold["origin.maps"] = threading.Event()
     waiting = asyncio.create_task(client.origin_maps("a"))
