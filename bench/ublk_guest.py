@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from bench.instructions import Load, MeasureError, per_request
 from tests.nbd.control import opened
 from tests.vm.guest import devices, ublk
 
-DISK_BYTES = 256 << 20
+DISK_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 10
 BRD, NULL_BLK = "brd", "null_blk"
 
@@ -127,11 +128,10 @@ def _ram(count: int) -> Iterator[list[Path]]:
 
 
 def _fill(disk: Path) -> None:
-    block = os.urandom(_MIB)
-    with opened(disk, os.O_WRONLY) as fd:
+    with mmap.mmap(-1, _MIB) as block, opened(disk, os.O_WRONLY | os.O_DIRECT) as fd:
+        block.write(os.urandom(_MIB))
         for _ in range(DISK_BYTES // _MIB):
             os.write(fd, block)
-        os.fsync(fd)
 
 
 @contextlib.contextmanager
