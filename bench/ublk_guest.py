@@ -21,7 +21,7 @@ from bench.instructions import Load, MeasureError, per_request
 from tests.nbd.control import opened
 from tests.vm.guest import devices, ublk
 
-DISK_BYTES = 128 << 20
+DISK_BYTES = 224 << 20
 CHUNK_BYTES = 64 << 10
 BRD, NULL_BLK = "brd", "null_blk"
 
@@ -30,23 +30,22 @@ ON, OFF, TOP = "ours", "ours, tracking off", "ours, dm-linear on top"
 DM_SNAPSHOT = "dm-snapshot N"
 
 RANDOM = (
-    Load("4k random write, depth 32", "randwrite", 4096, 32, 5_000),
-    Load("4k random write, depth 1", "randwrite", 4096, 1, 5_000),
-    Load("4k random read, depth 32", "randread", 4096, 32, 5_000),
-    Load("4k random read, depth 1", "randread", 4096, 1, 5_000),
+    Load("4k random write, depth 32", "randwrite", 4096, 32, 10_000),
+    Load("4k random write, depth 1", "randwrite", 4096, 1, 10_000),
+    Load("4k random read, depth 32", "randread", 4096, 32, 10_000),
+    Load("4k random read, depth 1", "randread", 4096, 1, 10_000),
 )
 SEQUENTIAL = (
-    Load("128k write, depth 8", "write", 128 << 10, 8, 800),
-    Load("128k read, depth 8", "read", 128 << 10, 8, 800),
+    Load("128k write, depth 8", "write", 128 << 10, 8, 1_500),
+    Load("128k read, depth 8", "read", 128 << 10, 8, 1_500),
 )
-_TOUCH = "write:60k"
-FIRST = Load("first touch: one 4k write into each 64k chunk, depth 1", _TOUCH, 4096, 1, 1_000)
-FIRST_DEEP = Load("first touch: one 4k write into each 64k chunk, depth 32", _TOUCH, 4096, 32, 1_000)
-REWRITE = Load("rewrite: the same with the chunks kept, depth 1", _TOUCH, 4096, 1, 1_000)
-REWRITE_DEEP = Load("rewrite: the same with the chunks kept, depth 32", _TOUCH, 4096, 32, 1_000)
+FIRST = Load("first touch: one 4k write into each 64k chunk, depth 1", "write:60k", 4096, 1, 2_000)
+FIRST_DEEP = Load("first touch: one 4k write into each 64k chunk, depth 32", "write:60k", 4096, 32, 2_000)
+REWRITE = Load("rewrite: 4k random write into kept chunks, depth 1", "randwrite", 4096, 1, 10_000)
+REWRITE_DEEP = Load("rewrite: 4k random write into kept chunks, depth 32", "randwrite", 4096, 32, 10_000)
 
-# Each origin's order is first touch, then rewrite of the very same chunks.
 TOUCHES = ((FIRST, REWRITE), (FIRST_DEEP, REWRITE_DEEP))
+"""First touch, then rewrite: into chunks that the first touch has had kept, as it goes further into the disk."""
 
 COUNTS = (1, 8)
 """How many devices there are when memory is read."""
