@@ -26,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
         "--once", action="store_true", help="print the whole state once and leave, with or without a terminal"
     )
     made.add_argument("--json", action="store_true", help="with --once: print JSON")
+    made.add_argument(
+        "--read-only", action="store_true", help="only look: the keys that change something are gone"
+    )
     made.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     made.add_argument(
         "--rate",
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # A library's remark on stderr would land in the middle of the screen, which Textual draws there.
     logging.getLogger().addHandler(logging.NullHandler())
-    app = BlksnapApp(options.bus, rate_hz=options.rate)
+    app = BlksnapApp(options.bus, rate_hz=options.rate, read_only=options.read_only)
     app.run(mouse=not options.no_mouse)
     return app.return_code or EXIT_OK
 

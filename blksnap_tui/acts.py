@@ -8,14 +8,18 @@ Each act is a coroutine run as a worker of the app. Refusals are shown in the se
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from textual.app import App
 
 from blksnap_tui.client import Client
 from blksnap_tui.errors import BlksnapError
-from blksnap_tui.model import Device, Snapshot, State
+from blksnap_tui.export import export_ranges
+from blksnap_tui.model import Device, Image, Manager, ObjectPath, Snapshot, State
 from blksnap_tui.screens.dialogs import AskFile, AskSnapshot, Confirm, Notice
+from blksnap_tui.screens.questions import AskLine, AskTrack
+from blksnap_tui.units import format_size, parse_range
 
 Result = TypeVar("Result")
 
@@ -49,7 +53,7 @@ class Acts:
         _, device = await self._do(f"add {path}", lambda client: client.add_image_file(path))
         return device
 
-    async def track(self, device: Device) -> None:
+    async def track(self, device: Device, manager: Manager | None) -> None:
         """Start tracking a device, after saying what that means."""
         if device.tracker is not None:
             self._app.notify(f"{device.name} is tracked already", severity="information", markup=False)
@@ -68,12 +72,18 @@ class Acts:
             if device.mount_points
             else "programs must then use the node the tracker shows, or their writes are not seen."
         )
-        question = (
-            f"record from now on what changes on {device.path}?\n\nbackend: {device.backends[0]}. {then}"
-        )
-        if not await self._app.push_screen_wait(Confirm(f"track {device.name}", question, "track")):
+        wish = await self._app.push_screen_wait(AskTrack(device, manager, then))
+        if wish is None:
             return
-        good, _ = await self._do(f"track {device.name}", lambda client: client.attach(device.object_path))
+        good, _ = await self._do(
+            f"track {device.name}",
+            lambda client: client.attach(
+                device.object_path,
+                backend=wish.backend,
+                block_size=wish.block_size,
+                persistent=wish.persistent,
+            ),
+        )
         if good:
             self._app.notify(f"{device.name} is tracked", markup=False)
 
@@ -110,11 +120,117 @@ class Acts:
         good, _ = await self._do(
             "take the snapshot",
             lambda client: client.create_snapshot(
-                wish.devices, limit=wish.limit, storage=wish.storage, description=wish.description
+                wish.devices,
+                limit=wish.limit,
+                storage=wish.storage,
+                description=wish.description,
+                hold=wish.hold,
             ),
         )
         if good:
             self._app.notify("the snapshot is taken")
+
+    async def release(self, snapshot: Snapshot) -> None:
+        """Let a held snapshot stay when who holds it leaves."""
+        if not snapshot.held:
+            self._app.notify("this snapshot is not held: it stays until it is destroyed")
+            return
+        good, _ = await self._do("release it", lambda client: client.release_snapshot(snapshot.object_path))
+        if good:
+            self._app.notify("the snapshot stays until it is destroyed")
+
+    async def mark(self, device: Device, chosen: tuple[int, int] | None) -> None:
+        """Ask which bytes to mark as changed, and mark them; `chosen` are those under the cursor."""
+        tracker = device.tracker
+        if tracker is None:
+            self._app.notify(f"{device.name} is not tracked: there is no map to mark", markup=False)
+            return
+        question = (
+            "the next increment will read what is marked, changed or not. write OFFSET:LENGTH, or the word"
+            " all: then it is a full copy."
+        )
+        marked = await self._app.push_screen_wait(
+            AskLine(
+                f"mark {device.name} as changed",
+                question,
+                lambda text: (0, tracker.capacity) if text == "all" else parse_range(text, tracker.capacity),
+                value="" if chosen is None else f"{chosen[0]}:{chosen[1]}",
+                example="12G:64K",
+                yes="mark",
+            )
+        )
+        if marked is None:
+            return
+        everything = marked == (0, tracker.capacity)
+        good, _ = await self._do(
+            f"mark {device.name}",
+            lambda client: (
+                client.mark_all_dirty(device.object_path)
+                if everything
+                else client.mark_dirty(device.object_path, [marked])
+            ),
+        )
+        if good:
+            self._app.notify("marked: the next increment reads it")
+
+    async def export(self, device: Device, since: int) -> None:
+        """Ask for a file, and write there what changed on a device since a number."""
+        if device.tracker is None:
+            self._app.notify(f"{device.name} is not tracked: nothing is known of it", markup=False)
+            return
+        question = (
+            f"what changed on {device.name} since #{since}, up to now, as ranges of bytes. the name says how: .csv"
+            " or .json."
+        )
+        path = await self._app.push_screen_wait(
+            AskLine(
+                "write what changed to a file",
+                question,
+                file_named,
+                value=f"{device.name}-since-{since}.csv",
+                yes="write",
+            )
+        )
+        if path is None:
+            return
+        try:
+            _, written = await self._do(
+                f"write {path.name}", lambda client: export_ranges(client, device, since, path)
+            )
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            await self._app.push_screen_wait(Notice(f"could not write {path.name}", why))
+            return
+        if written is not None:
+            ranges = f"{written.ranges} range{'' if written.ranges == 1 else 's'}"
+            self._app.notify(
+                f"{ranges}, {format_size(written.size)}, in {written.path}", timeout=10, markup=False
+            )
+
+    async def open_image(self, image: Image, name: str) -> None:
+        """Have an image served if it is not, and say and copy where it is."""
+        where: str | None = image.path
+        if not where:
+            _, where = await self._do(
+                f"open the image of {name}", lambda client: client.export_image(image.object_path)
+            )
+        if where:
+            self._app.copy_to_clipboard(where)
+            how = f"mount -o ro {where} /mnt" if image.path else f"nbdinfo '{where}'"
+            text = f"{where}\n\nit is in the clipboard, if the terminal lets programs write there. look at it with:\n\n{how}"
+            await self._app.push_screen_wait(Notice(f"the image of {name}", text, trouble=False))
+
+    async def unlock(self, device: Device) -> None:
+        """Ask for the permission to read a device's map."""
+        good, _ = await self._do("read the map", lambda client: client.get_info(device.object_path))
+        if good:
+            self._app.notify("the map may be read now")
+
+    async def cancel(self, job: ObjectPath) -> None:
+        """Ask a job to stop."""
+        good, _ = await self._do("cancel it", lambda client: client.cancel_job(job))
+        if good:
+            self._app.notify("it was asked to stop")
 
     async def destroy(self, snapshot: Snapshot, state: State) -> None:
         """Destroy a snapshot, after saying what is lost."""
@@ -135,3 +251,15 @@ class Acts:
         )
         if good:
             self._app.notify("the snapshot is destroyed")
+
+
+def file_named(text: str) -> Path:
+    """Read the name of a file to write ranges to. Raises ValueError whose text names what is wrong."""
+    if not text:
+        raise ValueError("write a name first")
+    path = Path(text).expanduser().absolute()
+    if path.suffix not in (".csv", ".json"):
+        raise ValueError("the name must end in .csv or .json")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no directory {path.parent}")
+    return path

@@ -67,9 +67,18 @@ class Calls:
         *body: object,
         fds: Sequence[int] = (),
         timeout_s: float = ACT_TIMEOUT_S,
+        ask: bool = True,
     ) -> Reply:
         return await self._connection.call(
-            SERVICE_NAME, path, interface, member, signature, body, fds=fds, timeout_s=timeout_s
+            SERVICE_NAME,
+            path,
+            interface,
+            member,
+            signature,
+            body,
+            fds=fds,
+            timeout_s=timeout_s,
+            interactive=ask,
         )
 
     async def _manager(
@@ -148,23 +157,43 @@ class Calls:
         """Stop tracking a device; its history ends."""
         await self._call(device, model.DEVICE, "Detach", "a{sv}", _options(force=("b", force)))
 
-    async def get_info(self, device: str) -> Mapping[str, Any]:
-        """Take one consistent reading of a tracker: numbers, counters, blocks changed since each number."""
-        reply = await self._call(device, model.TRACKER, "GetInfo", "a{sv}", {}, timeout_s=READ_TIMEOUT_S)
+    async def get_info(self, device: str, *, ask: bool = True) -> Mapping[str, Any]:
+        """
+        Take one consistent reading of a tracker: numbers, counters, blocks changed since each number.
+
+        Here and below: unless `ask`, nobody is asked for a password for it.
+        """
+        reply = await self._call(
+            device,
+            model.TRACKER,
+            "GetInfo",
+            "a{sv}",
+            {},
+            timeout_s=ACT_TIMEOUT_S if ask else READ_TIMEOUT_S,
+            ask=ask,
+        )
         info: dict[str, Any] = checked(reply, "a{sv}")[0]
         return info
 
     async def summarize(
-        self, device: str, first: int, count: int, bins: int, mode: str = "age", *, since: int = 0
+        self,
+        device: str,
+        first: int,
+        count: int,
+        bins: int,
+        mode: str = "age",
+        *,
+        since: int = 0,
+        ask: bool = True,
     ) -> tuple[bytes, int]:
         """
         Have `count` blocks from `first` drawn together into `bins` bytes.
 
         `age`: 0 never, 255 changed in the current interval, 254 in the one before, …; the newest of a bin
-        counts. `density`: share of the bin's blocks changed after number `since`, 255 = all. Returns the
-        bytes and a number that changes when the map does.
+        counts. `density`: share of the bin's blocks changed after number `since`, 255 = all. `frequency`: at how many of the takes
+        that the service has seen the bin had changed, 255 = all. Returns the bytes and a number that changes when the map does.
         """
-        options = _options(since=("u", since))
+        options = {"since": Variant("u", since)} if mode == "density" else {}
         reply = await self._call(
             device,
             model.TRACKER,
@@ -176,17 +205,18 @@ class Calls:
             mode,
             options,
             timeout_s=READ_TIMEOUT_S,
+            ask=ask,
         )
         levels, sequence = checked(reply, "ayt")
         if len(levels) != bins:
             raise ProtocolError(f"asked for a summary of {bins} bins, got {len(levels)}")
         return bytes(levels), int(sequence)
 
-    async def read_map(self, device: str, offset: int, length: int) -> bytes:
+    async def read_map(self, device: str, offset: int, length: int, *, ask: bool = True) -> bytes:
         """
         Read `length` bytes of the map, at most 1 MiB, from block `offset` on; `open_map` gives all of it.
         """
-        reply = await self._call(device, model.TRACKER, "ReadMap", "tua{sv}", offset, length, {})
+        reply = await self._call(device, model.TRACKER, "ReadMap", "tua{sv}", offset, length, {}, ask=ask)
         return bytes(checked(reply, "ay")[0])
 
     async def open_map(self, device: str, *, view: View = "taken") -> MapFile:

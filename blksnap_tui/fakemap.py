@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -15,6 +15,7 @@ class FakeMap:
     active: int = 1
     taken: bytes = b""
     sequence: int = 1
+    often: dict[int, int] = field(default_factory=dict)
 
     def write(self, first: int, count: int) -> None:
         """Mark blocks as changed now."""
@@ -25,6 +26,9 @@ class FakeMap:
     def take(self) -> None:
         """Begin the next interval."""
         self.taken = bytes(self.values)
+        for block, value in enumerate(self.values):
+            if value == self.active:
+                self.often[block] = self.often.get(block, 0) + 1
         self.active += 1
         self.sequence += 1
 
@@ -37,6 +41,9 @@ class FakeMap:
             if mode == "age":
                 newest = max(part)
                 folded[index] = 255 - (self.active - newest) if newest else 0
+            elif mode == "frequency":
+                most = max(self.often.get(begin + at, 0) for at in range(len(part)))
+                folded[index] = -(-255 * most // max(self.active - 1, 1))
             else:
                 changed = sum(value > since for value in part)
                 folded[index] = -(-255 * changed // len(part))

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from textual.message import Message
 
 from blksnap_tui.client import Client
 from blksnap_tui.errors import BlksnapError, BusUnavailableError, ServiceError
 from blksnap_tui.events import BusLost, Event, ServiceFound, ServiceLost, StateChanged
+from blksnap_tui.heat.grid import Grid
 from blksnap_tui.messages import (
+    Counts,
+    CountsReady,
     Frame,
     FrameFailed,
     FrameReady,
@@ -26,16 +28,29 @@ from blksnap_tui.messages import (
     InfoReady,
     Link,
     LinkChanged,
+    Silence,
+    Spot,
     StateUpdated,
     Wanted,
 )
-from blksnap_tui.model import ObjectPath
+from blksnap_tui.model import Device, Tracker
 
 DEFAULT_RATE_HZ = 2.0
 RETRY_S = (0.5, 1.0, 2.0, 5.0)
 
 # Counters change with every write; people do not read them faster.
 INFO_PERIOD_S = 1.0
+
+# Devices that are not being looked at closely are read this often, and not more than this many of them in a second.
+SURVEY_PERIOD_S = 2.0
+SURVEYED_PER_S = 5.0
+
+# A cursor that moves on is not counted under; one that rests is, and again when the picture changes.
+REST_S = 0.05
+MOST_COUNTED = 1 << 20
+
+# An answer that takes longer than this is worth a word.
+PATIENCE_S = 3.0
 
 # Bursts of changes (a take touches every device) become one message.
 SETTLE_S = 0.05
@@ -63,7 +78,9 @@ class Feed:
         self._wanted: Wanted | None = None
         self._last: Frame | None = None
         self._info_at = 0.0
-        self._last_info: tuple[ObjectPath, Mapping[str, Any]] | None = None
+        self._spot: Spot | None = None
+        self._spotted = asyncio.Event()
+        self._asked_at: float | None = None
         self._look = asyncio.Event()
         self._changed = asyncio.Event()
         self._lost = asyncio.Event()
@@ -73,10 +90,16 @@ class Feed:
     def want(self, wanted: Wanted | None) -> None:
         """Say what to draw from now on; it is fetched at once."""
         if wanted != self._wanted:
+            if self._wanted is None or wanted is None or wanted.device != self._wanted.device:
+                self._info_at = 0.0
             self._wanted = wanted
             self._last = None
-            self._last_info = None
             self._look.set()
+
+    def look_at(self, spot: Spot | None) -> None:
+        """Say which blocks to count, once the cursor rests there."""
+        self._spot = spot
+        self._spotted.set()
 
     def retry_now(self) -> None:
         """Try to reach the bus without waiting any longer."""
@@ -110,7 +133,7 @@ class Feed:
     async def _serve(self, client: Client) -> None:
         """Follow one client until its bus is gone."""
         self._lost.clear()
-        self._last, self._last_info = None, None
+        self._last, self._info_at = None, 0.0
         unsubscribe = client.subscribe(self._on_event)
         self.client = client
         try:
@@ -119,6 +142,9 @@ class Feed:
                 tasks = [
                     group.create_task(self._follow_state(client)),
                     group.create_task(self._follow_map(client)),
+                    group.create_task(self._follow_spot(client)),
+                    group.create_task(self._survey(client)),
+                    group.create_task(self._watch_silence()),
                 ]
                 await self._lost.wait()
                 for task in tasks:
@@ -139,7 +165,7 @@ class Feed:
     def _announce(self, client: Client) -> None:
         """Post how things stand."""
         if not client.available:
-            self._last, self._last_info = None, None
+            self._last, self._info_at = None, 0.0
             self._post(
                 LinkChanged(Link.NO_SERVICE, f"nobody owns the service's name on the {client.bus} bus")
             )
@@ -171,34 +197,107 @@ class Feed:
                 await asyncio.wait_for(self._look.wait(), self._period_s)
 
     async def _fetch(self, client: Client, wanted: Wanted) -> None:
-        grid = wanted.grid
+        grid, strip = wanted.grid, b""
+        self._asked_at = _now()
         try:
-            values, sequence = await client.summarize(
-                wanted.device,
-                grid.window.first,
-                grid.window.count,
-                grid.bins,
-                wanted.mode,
-                since=wanted.since,
-            )
-            now = asyncio.get_running_loop().time()
-            if self._last_info is None or now >= self._info_at + INFO_PERIOD_S:
-                self._info_at = now
-                self._post_info(wanted, await client.get_info(wanted.device))
+            values, sequence = await _summary(client, wanted, grid)
+            if wanted.strip is not None:
+                strip, _ = await _summary(client, wanted, wanted.strip)
+            if _now() >= self._info_at + INFO_PERIOD_S:
+                info = await client.get_info(wanted.device, ask=False)
+                self._info_at = _now()
+                self._post(InfoReady(wanted.device, info, self._info_at))
         except BlksnapError as error:
             # Detached or left a moment ago: the state says so too. Anything else is worth showing.
             if wanted == self._wanted and not (isinstance(error, ServiceError) and error.kind in _GONE):
-                self._post(FrameFailed(wanted.device, str(error)))
+                locked = isinstance(error, ServiceError) and error.kind == "NotAuthorizedCanObtain"
+                self._post(FrameFailed(wanted.device, str(error), locked=locked))
             return
-        frame = Frame(wanted, values, sequence)
-        if wanted == self._wanted and (self._last is None or values != self._last.values):
+        finally:
+            self._asked_at = None
+        frame = Frame(wanted, values, sequence, strip)
+        last = self._last
+        if wanted == self._wanted and (last is None or (values, strip) != (last.values, last.strip)):
             self._last = frame
             self._post(FrameReady(frame))
 
-    def _post_info(self, wanted: Wanted, info: Mapping[str, Any]) -> None:
-        if wanted == self._wanted and self._last_info != (wanted.device, info):
-            self._last_info = (wanted.device, info)
-            self._post(InfoReady(wanted.device, info))
+    async def _follow_spot(self, client: Client) -> None:
+        """Count what is under the cursor whenever it has come to rest."""
+        while True:
+            await self._spotted.wait()
+            await asyncio.sleep(REST_S)
+            self._spotted.clear()
+            spot = self._spot
+            before = None if spot is None else _tracker(client, spot.device)
+            if spot is None or before is None or not 0 < len(spot.blocks) <= MOST_COUNTED:
+                continue
+            try:
+                values = await client.read_map(spot.device, spot.blocks.start, len(spot.blocks), ask=False)
+            except BlksnapError:
+                # The frame fails too, and says why.
+                continue
+            after = _tracker(client, spot.device)
+            # The bytes count from a base that slides; across a slide they cannot be told apart.
+            if spot == self._spot and after is not None and _numbers(before) == _numbers(after):
+                base = max(after.oldest_number - 1, 0)
+                by_number = {
+                    base + value if value else 0: count
+                    for value in range(256)
+                    if (count := values.count(value))
+                }
+                self._post(CountsReady(Counts(spot, after.generation_id, by_number)))
+
+    async def _survey(self, client: Client) -> None:
+        """Read the trackers nobody is looking at, in turns."""
+        while True:
+            paths = [device.object_path for device in _devices(client) if device.tracker is not None]
+            pause_s = max(SURVEY_PERIOD_S / max(len(paths), 1), 1 / SURVEYED_PER_S)
+            for path in paths:
+                if self._wanted is None or self._wanted.device != path:
+                    with contextlib.suppress(BlksnapError):
+                        info = await client.get_info(path, ask=False)
+                        self._post(InfoReady(path, info, _now()))
+                await asyncio.sleep(pause_s)
+            if not paths:
+                await asyncio.sleep(SURVEY_PERIOD_S)
+
+    async def _watch_silence(self) -> None:
+        """Say how old the picture is while the service does not answer."""
+        told = False
+        while True:
+            await asyncio.sleep(1.0)
+            asked = self._asked_at
+            silent_s = 0.0 if asked is None else _now() - asked
+            if silent_s > PATIENCE_S or told:
+                told = silent_s > PATIENCE_S
+                self._post(Silence(silent_s if told else 0.0))
 
 
 _GONE = ("NotTracked", "NotFound", "UnknownObject", "UnknownInterface", "UnknownMethod")
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def _summary(client: Client, wanted: Wanted, grid: Grid) -> tuple[bytes, int]:
+    window = grid.window
+    return await client.summarize(
+        wanted.device, window.first, window.count, grid.bins, wanted.mode, since=wanted.since, ask=False
+    )
+
+
+def _devices(client: Client) -> tuple[Device, ...]:
+    try:
+        return client.state.devices
+    except BlksnapError:
+        # A service of another version; its screen is up already.
+        return ()
+
+
+def _tracker(client: Client, path: str) -> Tracker | None:
+    return next((device.tracker for device in _devices(client) if device.object_path == path), None)
+
+
+def _numbers(tracker: Tracker) -> tuple[str, int]:
+    return tracker.generation_id, tracker.oldest_number

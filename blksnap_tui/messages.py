@@ -26,21 +26,44 @@ class Link(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the screen wants drawn: a device's blocks in a grid, by age or by density since a number."""
+    """
+    What the screen wants drawn: a device's blocks in a grid, as Summarize's `mode` says, density since a number.
+
+    `strip` bins of the whole device are wanted besides, for the minimap.
+    """
 
     device: ObjectPath
     grid: Grid
     mode: str = "age"
     since: int = 0
+    strip: Grid | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Blocks to look at closely: those under the cursor."""
+
+    device: ObjectPath
+    blocks: range
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many of a spot's blocks changed last in which interval; 0 is never in this generation."""
+
+    spot: Spot
+    generation_id: str
+    by_number: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A summary as it came: one byte per bin of what was wanted."""
+    """A summary as it came: one byte per bin of what was wanted, and of the strip that was."""
 
     wanted: Wanted
     values: bytes
     sequence: int
+    strip: bytes = b""
 
 
 class LinkChanged(Message):
@@ -80,19 +103,43 @@ class FrameReady(Message):
 
 
 class FrameFailed(Message):
-    """The map could not be read; `text` is the service's."""
+    """The map could not be read; `text` is the service's, `locked` says that a person may be asked for a password."""
 
-    def __init__(self, device: ObjectPath, text: str) -> None:
+    def __init__(self, device: ObjectPath, text: str, *, locked: bool = False) -> None:
         super().__init__()
-        self.device, self.text = device, text
+        self.device, self.text, self.locked = device, text, locked
+
+
+class CountsReady(Message):
+    """What is under the cursor has been counted."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def can_replace(self, message: Message) -> bool:
+        """Only the last one matters."""
+        return isinstance(message, CountsReady)
+
+
+class Silence(Message):
+    """The service has not answered for this many seconds; 0 when it has again."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def can_replace(self, message: Message) -> bool:
+        """Only the last one matters."""
+        return isinstance(message, Silence)
 
 
 class InfoReady(Message):
-    """A reading of the chosen device's tracker."""
+    """A reading of a tracker, made at `at_s` of the event loop's clock."""
 
-    def __init__(self, device: ObjectPath, info: Mapping[str, Any]) -> None:
+    def __init__(self, device: ObjectPath, info: Mapping[str, Any], at_s: float) -> None:
         super().__init__()
-        self.device, self.info = device, info
+        self.device, self.info, self.at_s = device, info, at_s
 
     def can_replace(self, message: Message) -> bool:
         """Only the last one of a device matters."""

@@ -46,6 +46,16 @@ class Backend:
     live_map: bool
     live_attach: bool
 
+    @property
+    def abilities(self) -> list[str]:
+        """Say what it can do."""
+        words = {
+            "snapshots": self.snapshots,
+            "live map": self.live_map,
+            "attaches under a device in use": self.live_attach,
+        }
+        return [word for word, true in words.items() if true]
+
 
 @dataclass(frozen=True, slots=True)
 class Manager:

@@ -17,28 +17,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from blksnap_tui import model
-from blksnap_tui.client import OBJECT_MANAGER, OBJECTS, PROPERTIES
+from blksnap_tui.client import OBJECT_MANAGER, PROPERTIES
 from blksnap_tui.errors import ERROR_PREFIX, BusUnavailableError, from_dbus
 from blksnap_tui.fakemap import FakeMap
+from blksnap_tui.fakesignatures import SIGNATURES
 from blksnap_tui.model import MANAGER_PATH, ROOT_PATH, SERVICE_NAME, ObjectPath
 from blksnap_tui.wire import DBUS, DBUS_PATH, Reply, Signal, plain
 
 OWNER = ":1.7"
-
-# What methods answer and signals say, as in the interface description; members not named have nothing.
-_SIGNATURES = {
-    "GetManagedObjects": OBJECTS,
-    "AddImageFile": "o",
-    "CreateSnapshot": "o",
-    "Summarize": "ayt",
-    "GetInfo": "a{sv}",
-    "GetChangedRanges": "a(tt)t",
-    "OpenMap": "ha{sv}",
-    "Export": "s",
-    "InterfacesAdded": "oa{sa{sv}}",
-    "InterfacesRemoved": "oas",
-    "PropertiesChanged": "sa{sv}as",
-}
 
 START_US = 1_790_000_000_000_000
 """The fake's time of day at the beginning: 2026-09-21 14:13:20 UTC."""
@@ -66,8 +52,10 @@ class FakeService:
     links: list[FakeLink] = field(default_factory=list)
     now_us: int = START_US
     made: int = 0
+    answering: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self.answering.set()
         backend = {"available": True, "reason": "", "snapshots": True, "live-map": True, "live-attach": False}
         missing = {**backend, "available": False, "reason": "the kernel has no blksnap module"}
         self.objects[MANAGER_PATH] = {
@@ -145,6 +133,13 @@ class FakeService:
         """Have somebody write to a tracked device."""
         self.maps[device].write(first, count)
 
+    def restart_history(self, device: str, reason: str) -> None:
+        """Begin a new generation, as when bytes were missed."""
+        self.maps[device] = FakeMap(bytearray(len(self.maps[device].values)))
+        generation = f"00000000-0000-4000-8000-{len(self.calls):012d}"
+        self.set_tracker(device, GenerationId=generation, ChangesNumber=0, OldestNumber=0, LastReset=reason)
+        self._emit(OWNER, device, model.TRACKER, "GenerationStarted", generation, reason)
+
     def stop(self) -> None:
         """Take the service off the bus."""
         self.service_up = False
@@ -166,7 +161,7 @@ class FakeService:
 
     def _emit(self, sender: str, path: str, interface: str, member: str, *body: Any) -> None:
         for link in list(self.links):
-            link.on_signal(Signal(sender, path, interface, member, _SIGNATURES.get(member, ""), body))
+            link.on_signal(Signal(sender, path, interface, member, SIGNATURES.get(member, ""), body))
 
     def _owner(self, old: str, new: str) -> None:
         self._emit(DBUS, DBUS_PATH, DBUS, "NameOwnerChanged", SERVICE_NAME, old, new)
@@ -297,24 +292,30 @@ class FakeService:
         shown = self._map(path)
         return shown.summary(first, count, bins, mode, options.get("since", 0)), shown.sequence
 
+    def _on_ReadMap(  # noqa: N802
+        self, path: str, offset: int, length: int, _options: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        return (bytes(self._map(path).values[offset : offset + length]),)
+
     def _on_GetInfo(self, path: str, _options: dict[str, Any]) -> tuple[Any, ...]:  # noqa: N802
         shown = self._map(path)
         changed, total = {}, 0
         for number in range(shown.active, 0, -1):
             total += shown.values.count(number)
             changed[str(number - 1)] = total
-        reading = {"changes-number": shown.active - 1, "changed-blocks": changed}
-        return ({**reading, "writes": 18 * shown.sequence, "written-bytes": 1_179_648 * shown.sequence},)
+        counted = {"writes": 18 * shown.sequence, "written-bytes": 1_179_648 * shown.sequence}
+        return ({"changes-number": shown.active - 1, "changed-blocks": changed, **counted},)
 
     def _on_GetChangedRanges(  # noqa: N802
-        self, path: str, since: int, offset: int, most: int, _options: dict[str, Any]
+        self, path: str, since: int, offset: int, most: int, options: dict[str, Any]
     ) -> tuple[Any, ...]:
         shown, size = self._map(path), self.objects[path][model.TRACKER]["BlockSize"]
         capacity = self.objects[path][model.DEVICE]["Size"]
+        values = shown.values if options.get("view") == "live" else shown.taken
         hits = [
             [at * size, min(size, capacity - at * size)]
-            for at in range(offset // size, len(shown.taken))
-            if shown.taken[at] > since
+            for at in range(offset // size, len(values))
+            if values[at] > since
         ]
         page = hits[:most]
         return page, (page[-1][0] + page[-1][1] if len(hits) > most else capacity)
@@ -334,6 +335,11 @@ class FakeService:
                 )
         for offset, length in ranges:
             self._map(path).write(offset // size, -(-(offset + length) // size) - offset // size)
+        return ()
+
+    def _on_MarkAllDirty(self, path: str, _options: dict[str, Any]) -> tuple[Any, ...]:  # noqa: N802
+        shown = self._map(path)
+        shown.write(0, len(shown.values))
         return ()
 
     def _on_Export(self, path: str, _options: dict[str, Any]) -> tuple[Any, ...]:  # noqa: N802
@@ -381,9 +387,11 @@ class FakeLink:
         *,
         fds: Sequence[int] = (),  # noqa: ARG002
         timeout_s: float = 25.0,  # noqa: ARG002
+        interactive: bool = True,  # noqa: ARG002
     ) -> Reply:
         """Have the service answer."""
         await asyncio.sleep(0)
+        await self.service.answering.wait()
         if self not in self.service.links:
             raise BusUnavailableError("the connection to the message bus is closed")
         if destination == DBUS:
@@ -394,7 +402,7 @@ class FakeLink:
             values, sent = self.service.answer(path, member, plain(list(body)))
         except Refusal as refusal:
             raise from_dbus(refusal.name, refusal.text) from None
-        return Reply(OWNER, _SIGNATURES.get(member, ""), values, sent)
+        return Reply(OWNER, SIGNATURES.get(member, ""), values, sent)
 
     async def add_match(self, rule: str) -> None:
         """Signals always come."""

@@ -88,3 +88,41 @@ def format_age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def parse_place(text: str, *, capacity: int, block_size: int, sector_size: int) -> int:
+    """
+    Read a place on a device and give its block: an offset (`12G`), `b123` (block), `s2048` (sector) or `50%`.
+
+    Raises ValueError whose text names what is wrong.
+    """
+    kind, rest = text[:1].lower(), text[1:].strip()
+    if not text:
+        raise ValueError("write an offset such as 12G, b123 for a block, s2048 for a sector, or 50%")
+    if kind in ("b", "s"):
+        if not (rest.isascii() and rest.isdigit()):
+            raise ValueError(f"{text!r} is not a {'block' if kind == 'b' else 'sector'}: write {kind}123")
+        offset = int(rest) * (block_size if kind == "b" else sector_size)
+    elif text.endswith("%"):
+        share = text[:-1].strip()
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", share) or float(share) > 100:
+            raise ValueError(f"{text!r} is not a share: write 0% to 100%")
+        offset = min(int(float(share) * capacity / 100), capacity - 1)
+    else:
+        offset = parse_size(text)
+    if offset >= capacity:
+        raise ValueError(f"{text} is past the end: the device has {format_size(capacity)}")
+    return offset // block_size
+
+
+def parse_range(text: str, capacity: int) -> tuple[int, int]:
+    """Read `OFFSET:LENGTH` inside a device of `capacity` bytes. Raises ValueError whose text names what is wrong."""
+    start, colon, length = text.partition(":")
+    if not colon:
+        raise ValueError(f"{text!r} is not OFFSET:LENGTH, such as 12G:64K")
+    pair = parse_size(start), parse_size(length)
+    if not pair[1]:
+        raise ValueError(f"{text!r} is empty")
+    if sum(pair) > capacity:
+        raise ValueError(f"{text} reaches past the end: the device has {format_size(capacity)}")
+    return pair

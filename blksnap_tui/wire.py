@@ -40,6 +40,7 @@ _CALL, _SIGNAL = _library.MessageType.METHOD_CALL, _library.MessageType.SIGNAL
 _ERROR = _library.MessageType.ERROR
 _INTERACTIVE = _library.MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
 _NO_REPLY = _library.MessageFlag.NO_REPLY_EXPECTED
+_SILENT = _library.MessageFlag.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,9 @@ class Link(Protocol):
         *,
         fds: Sequence[int] = (),
         timeout_s: float = 25.0,
+        interactive: bool = True,
     ) -> Reply:
-        """Call a method and wait for its answer."""
+        """Call a method and wait for its answer; `interactive`: a person may be asked for a password."""
 
     async def add_match(self, rule: str) -> None:
         """Ask for signals."""
@@ -263,9 +265,10 @@ class Connection:
         *,
         fds: Sequence[int] = (),
         timeout_s: float = 25.0,
+        interactive: bool = True,
     ) -> Reply:
         """
-        Call a method and wait for its answer; interactive authorization is allowed.
+        Call a method and wait for its answer; a person may be asked for a password unless not `interactive`.
 
         `fds` are sent (and stay the caller's); values of type `h` in `body` are indexes into them. Raises
         what `from_dbus` makes of an error reply, CallTimeoutError, BusUnavailableError.
@@ -283,7 +286,7 @@ class Connection:
                 signature=signature,
                 body=list(body),
                 unix_fds=list(fds),
-                flags=_INTERACTIVE,
+                flags=_INTERACTIVE if interactive else _SILENT,
                 serial=serial,
             )
             try:

@@ -17,7 +17,11 @@ from typing import Final
 NEVER: Final = 0
 NEWEST: Final = 255
 
-MODES: Final = ("age", "density")
+MODES: Final = ("age", "since", "density", "frequency")
+"""What a colour says: when a bin changed last, whether the next increment has any of it, how much of it changed since a number, how
+often it changed."""
+
+ZOOM: Final = 4
 
 # With few intervals the scale stays as if there were this many, so that colours do not jump at every take.
 SHORTEST_SPAN: Final = 8
@@ -33,6 +37,24 @@ class Window:
     def __post_init__(self) -> None:
         if self.first < 0 or self.count < 1:
             raise ValueError(f"a window of {self.count} blocks from {self.first} shows nothing")
+
+    def zoomed(self, about: int, count: int, total: int) -> Window:
+        """
+        Give a window of `count` blocks of a device of `total`, in which block `about` lies where it lay in this one.
+
+        It is moved inside the device; a count that is too large or too small becomes the nearest that is possible.
+        """
+        count = min(max(count, 1), total)
+        place = min(max(about - self.first, 0), self.count)
+        return Window(min(max(about - place * count // self.count, 0), total - count), count)
+
+    def moved(self, blocks: int, total: int) -> Window:
+        """Give the window this many blocks further on, as far as the device of `total` blocks goes."""
+        return Window(min(max(self.first + blocks, 0), max(total - self.count, 0)), min(self.count, total))
+
+    def around(self, block: int, total: int) -> Window:
+        """Give a window as large as this one with a block in its middle, unless the device ends before."""
+        return self.moved(block - self.count // 2 - self.first, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +142,16 @@ def density_levels(levels: int) -> bytes:
     for value in range(1, 256):
         table[value] = 1 + round(math.sqrt(value / 255) * (levels - 2))
     return bytes(table)
+
+
+def since_levels(levels: int) -> bytes:
+    """
+    Build the table from density bytes to levels that tells only whether anything changed: the highest level, or 0.
+
+    Raises ValueError as `age_levels`.
+    """
+    _check(levels)
+    return bytes(1) + bytes([levels - 1]) * 255
 
 
 def changed_rows(old: bytes, new: bytes, cols: int, height: int) -> list[int] | None:

@@ -37,8 +37,9 @@ class HeatMap(Widget, can_focus=True):
     """Draws one frame; `Resized` says how many bins there is room for, `Pointed` which one the cursor is on."""
 
     HELP = (
-        "Each half cell stands for a stretch of the device, in reading order; its colour says when it was "
-        "written last. Move with the arrows or the mouse; the line below tells what is under the cursor."
+        "Each half cell stands for a stretch of the device; its colour says when it was written last, or what the mode (m) asks. Arrows or "
+        "the mouse move the cursor, the lines below tell what is under it. + and the wheel zoom in, - out, dragging and page up and down "
+        "move what is shown, g goes to an offset."
     )
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -48,6 +49,8 @@ class HeatMap(Widget, can_focus=True):
         Binding("down,j", "move(0, 1)", "down", show=False, id="map.down"),
         Binding("home", "move(-100000, -100000)", "first", show=False, id="map.first"),
         Binding("end", "move(100000, 100000)", "last", show=False, id="map.last"),
+        Binding("pageup", "page(-1)", "page up", show=False, id="map.page-up"),
+        Binding("pagedown", "page(1)", "page down", show=False, id="map.page-down"),
     ]
 
     DEFAULT_CSS = "HeatMap { width: 1fr; height: 1fr; }"
@@ -68,6 +71,27 @@ class HeatMap(Widget, can_focus=True):
             super().__init__()
             self.col, self.row = col, row
 
+    class Beyond(Message):
+        """Somebody wants to see what lies this many bins above or below what is shown."""
+
+        def __init__(self, rows: int) -> None:
+            super().__init__()
+            self.rows = rows
+
+    class Dragged(Message):
+        """The picture was pulled by this many bins to the right and down."""
+
+        def __init__(self, cols: int, rows: int) -> None:
+            super().__init__()
+            self.cols, self.rows = cols, rows
+
+    class Wheel(Message):
+        """The wheel was turned under the cursor: 1 towards the picture, -1 away."""
+
+        def __init__(self, direction: int) -> None:
+            super().__init__()
+            self.direction = direction
+
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name for it
         super().__init__(id=id)
         self._palette = palette()
@@ -77,6 +101,7 @@ class HeatMap(Widget, can_focus=True):
         self._cols = 0
         self._strips: list[Strip | None] = []
         self._marked = False
+        self._dragging = False
         self._make_styles()
 
     @property
@@ -160,13 +185,45 @@ class HeatMap(Widget, can_focus=True):
     # ---- cursor
 
     def action_move(self, cols: int, rows: int) -> None:
-        """Move the cursor by bins."""
-        self._point(self.cursor[0] + cols, self.cursor[1] + rows)
+        """Move the cursor by bins; past the upper and lower edge the picture moves instead."""
+        col, row = self.cursor[0] + cols, self.cursor[1] + rows
+        if abs(rows) == 1 and not 0 <= row < self.size.height * self._palette.bins_per_cell:
+            self.post_message(self.Beyond(rows))
+        self._point(col, row)
+
+    def action_page(self, pages: int) -> None:
+        """Move the picture by half its height."""
+        self.post_message(self.Beyond(pages * max(1, self.size.height * self._palette.bins_per_cell // 2)))
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
         """Let the mouse carry the cursor, to the upper half of a cell: terminals report whole cells."""
+        if self._dragging and (event.delta_x or event.delta_y):
+            self.post_message(self.Dragged(event.delta_x, event.delta_y * self._palette.bins_per_cell))
+            return
         self._marked = True
         self._point(event.x, event.y * self._palette.bins_per_cell)
+
+    def on_mouse_down(self, event: events.MouseDown) -> None:
+        """Take hold of the picture."""
+        if event.button == 1:
+            self._dragging = True
+            self.capture_mouse()
+
+    def on_mouse_up(self) -> None:
+        """Let go of it."""
+        if self._dragging:
+            self._dragging = False
+            self.release_mouse()
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """Zoom in where the mouse is."""
+        event.stop()
+        self.post_message(self.Wheel(1))
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """Zoom out."""
+        event.stop()
+        self.post_message(self.Wheel(-1))
 
     def on_leave(self) -> None:
         """Put the cursor away, unless the keyboard is here."""
@@ -188,6 +245,10 @@ class HeatMap(Widget, can_focus=True):
     def on_resize(self, event: events.Resize) -> None:
         """Tell how many bins there is room for."""
         self._tell_size(event.size)
+
+    def point(self, col: int, row: int) -> None:
+        """Put the cursor on a bin."""
+        self._point(col, row)
 
     def _tell_size(self, size: Size) -> None:
         if size.width and size.height:

@@ -15,7 +15,7 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.strip import Strip
-from textual.widgets import Button, Input, SelectionList, Static
+from textual.widgets import Button, Input, Select, SelectionList, Static
 from textual.widgets.selection_list import Selection
 
 from blksnap_tui.model import Device, ObjectPath
@@ -71,12 +71,12 @@ class Confirm(Dialog[bool]):
 
 
 class Notice(Dialog[bool]):
-    """Something the service refused or could not do, in its own words."""
+    """Something to read: what the service refused or could not do, in its own words, or (not `trouble`) what came out."""
 
-    def __init__(self, title: str, text: str) -> None:
+    def __init__(self, title: str, text: str, *, trouble: bool = True) -> None:
         super().__init__()
         self.TITLE_TEXT = title
-        self._text = text
+        self._text, self._trouble = text, trouble
 
     def compose(self) -> ComposeResult:
         """Lay it out."""
@@ -86,8 +86,8 @@ class Notice(Dialog[bool]):
         )
 
     def on_mount(self) -> None:
-        """Look like trouble, and close with enter."""
-        self.add_class("trouble")
+        """Look like trouble where it is, and close with enter."""
+        self.set_class(self._trouble, "trouble")
         self.query_one("#close").focus()
 
     def on_button_pressed(self) -> None:
@@ -108,11 +108,7 @@ class AskFile(Dialog[str]):
             ),
             Input(placeholder="/srv/disk.img", id="path", compact=True),
             Static("", id="problem", classes="problem"),
-            Horizontal(
-                Button("cancel", id="no", compact=True),
-                Button("add", id="yes", variant="primary", compact=True),
-                classes="buttons",
-            ),
+            buttons("add"),
         )
 
     @on(Input.Submitted)
@@ -139,6 +135,7 @@ class SnapshotWish:
     limit: int
     storage: str
     description: str
+    hold: bool = False
 
 
 class Choices(SelectionList[ObjectPath]):
@@ -179,19 +176,18 @@ class AskSnapshot(Dialog[SnapshotWish]):
         yield self.box(
             Static("of these devices, all at one instant:"),
             shown,
-            _field("limit", Input(value=default_limit(self._chosen.size), id="limit", compact=True)),
-            _field("keep in", Input(placeholder=place, id="storage", compact=True)),
-            _field("description", Input(placeholder="before the upgrade", id="description", compact=True)),
+            field(
+                "limit", Input(value=default_limit(self._chosen.size), id="limit", compact=True), first=True
+            ),
+            field("keep in", Input(placeholder=place, id="storage", compact=True)),
+            field("description", Input(placeholder="before the upgrade", id="description", compact=True)),
+            field("kept", yes_or_no("hold", "until it is destroyed", "until this program leaves")),
             Static(
                 "limit: the most bytes to keep for it. beyond that the snapshot fails; the devices go on.",
                 classes="aside",
             ),
             Static("", id="problem", classes="problem"),
-            Horizontal(
-                Button("cancel", id="no", compact=True),
-                Button("take", id="yes", variant="primary", compact=True),
-                classes="buttons",
-            ),
+            buttons("take"),
         )
 
     def on_mount(self) -> None:
@@ -214,7 +210,8 @@ class AskSnapshot(Dialog[SnapshotWish]):
             return
         storage = self.query_one("#storage", Input).value.strip()
         description = self.query_one("#description", Input).value.strip()
-        self.dismiss(SnapshotWish(devices, limit, storage, description))
+        hold = self.query_one("#hold", Select).value is True
+        self.dismiss(SnapshotWish(devices, limit, storage, description, hold))
 
     @on(Button.Pressed, "#no")
     def refuse(self) -> None:
@@ -222,9 +219,23 @@ class AskSnapshot(Dialog[SnapshotWish]):
         self.dismiss(None)
 
 
-def _field(label: str, field: Input) -> Horizontal:
-    """Put a label before a field."""
-    return Horizontal(Static(label, classes="label"), field, classes="field")
+def field(label: str, content: Input | Select[str] | Select[bool], *, first: bool = False) -> Horizontal:
+    """Put a label before a field; `first` keeps it apart from what is above."""
+    return Horizontal(Static(label, classes="label"), content, classes="field first" if first else "field")
+
+
+def buttons(yes: str) -> Horizontal:
+    """Make the buttons of a question that can be cancelled."""
+    return Horizontal(
+        Button("cancel", id="no", compact=True),
+        Button(yes, id="yes", variant="primary", compact=True),
+        classes="buttons",
+    )
+
+
+def yes_or_no(name: str, no: str, yes: str) -> Select[bool]:
+    """Let one of two be chosen, in words: Textual's own boxes show it by colour only."""
+    return Select([(no, False), (yes, True)], value=False, allow_blank=False, id=name, compact=True)
 
 
 def default_limit(size: int) -> str:

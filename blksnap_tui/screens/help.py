@@ -37,16 +37,21 @@ class HelpScreen(ModalScreen[None]):
             words = getattr(focused, "HELP", "")
             if words:
                 yield Static(words, markup=False)
-            yield Static(self._keys())
             if self._manager is not None and self._manager.backends:
                 yield Static(self._backends(self._manager))
+            yield Static(self._keys())
 
     def _keys(self) -> Table:
         """List our own keys that work there: they have ids, Textual's for scrolling and typing have none."""
         table = Table.grid(padding=(0, 2))
         seen: set[str] = set()
         for key, (_, binding, enabled, tooltip) in self._asked_from.active_bindings.items():
-            if not binding.id or not binding.show or binding.action in seen or not enabled:
+            if (
+                not binding.id
+                or not (binding.tooltip or binding.show)
+                or binding.action in seen
+                or not enabled
+            ):
                 continue
             seen.add(binding.action)
             shown = self.app.get_key_display(binding) if binding.key == key else key
@@ -58,15 +63,7 @@ class HelpScreen(ModalScreen[None]):
         table = Table.grid(padding=(0, 2))
         table.add_row(Text("backends of this machine", "bold"), "")
         for backend in manager.backends:
-            can = ", ".join(
-                word
-                for word, true in (
-                    ("snapshots", backend.snapshots),
-                    ("live map", backend.live_map),
-                    ("attaches under a device in use", backend.live_attach),
-                )
-                if true
-            )
+            can = ", ".join(backend.abilities)
             glyph = "●" if backend.available else "○"
             table.add_row(f"{glyph} {backend.name}", can if backend.available else backend.reason)
         return table

@@ -2,7 +2,7 @@
 """
 The screen people keep open: devices and facts on the left, the map on the right, snapshots below.
 
-It is given state, frames and readings, and says what it wants drawn (`Wanting`). Pausing holds what arrives and keeps the picture still.
+Pausing holds what arrives and keeps the picture still; acts go by the newest state all the same.
 """
 
 from __future__ import annotations
@@ -15,89 +15,66 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.message import Message
-from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Static
+from textual.widgets import DataTable, Footer, Input, Static
 
-from blksnap_tui.heat.grid import MODES, Grid, Window, age_levels, density_levels
+from blksnap_tui.heat.pane import MapPane
 from blksnap_tui.heat.ramp import Palette
-from blksnap_tui.heat.widget import HeatMap
-from blksnap_tui.messages import Frame, Wanted
+from blksnap_tui.messages import Counts, Frame
 from blksnap_tui.model import Device, ObjectPath, Snapshot, State
+from blksnap_tui.screens.board import ACT_BINDINGS, BOARD_BINDINGS, Board, Desk
 from blksnap_tui.widgets.device_table import DeviceTable
 from blksnap_tui.widgets.facts import Facts
-from blksnap_tui.widgets.lines import Inspector, Legend, StatusBar
-from blksnap_tui.widgets.map_words import CONNECTING, hint, titles
+from blksnap_tui.widgets.filter import FilterLine
 from blksnap_tui.widgets.snapshot_table import WIDE, SnapshotTable
+from blksnap_tui.widgets.status import StatusBar
 
 NO_SNAPSHOTS = "no snapshots yet: s takes one of the chosen device"
 
-# From this width on the keys in the footer are set apart.
-ROOMY_FOOTER = 100
+
+def _map(key: str, act: str, name: str, tooltip: str, *, show: bool = False) -> Binding:
+    """Bind a key to something the map does, wherever the focus is."""
+    words = act.partition("(")[0]
+    direction = {"zoom(1)": "-in", "zoom(-1)": "-out", "since(-1)": "-before", "since(1)": "-after"}
+    return Binding(
+        key, f"map('{act}')", name, show=show, id=f"map.{words}{direction.get(act, '')}", tooltip=tooltip
+    )
 
 
-class MainScreen(Screen[None]):
-    """The main screen; `now_us` is the clock."""
-
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (60, "-normal"), (120, "-wide")]  # noqa: RUF012 - Textual declares it for instances
-    VERTICAL_BREAKPOINTS = [(0, "-low"), (20, "-medium"), (40, "-tall")]  # noqa: RUF012 - Textual declares it for instances
+class MainScreen(Board):
+    """The main screen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("a", "app.add_file", "add", id="device.add", tooltip="add an image file to the devices"),
-        Binding(
-            "t", "app.track", "track", id="device.track", tooltip="record what changes on the chosen device"
+        *ACT_BINDINGS,
+        _map(
+            "m", "mode", "mode", "age of the last change, next increment, share changed, how often", show=True
         ),
-        Binding(
-            "d", "app.untrack", "untrack", id="device.untrack", tooltip="stop recording; the history ends"
-        ),
-        Binding(
-            "s",
-            "app.snapshot",
-            "snapshot",
-            id="snapshot.take",
-            tooltip="take a snapshot of one or more devices",
-        ),
-        Binding("x", "app.destroy", "destroy", id="snapshot.destroy", tooltip="destroy the chosen snapshot"),
-        Binding(
-            "m",
-            "mode",
-            "mode",
-            id="map.mode",
-            tooltip="show age of the last change, or how much changed since",
-        ),
+        _map("v", "layout", "view", "rows, Hilbert curve, offset against snapshot", show=True),
+        _map("plus,equals_sign", "zoom(1)", "zoom in", "look closer at what is under the cursor"),
+        _map("minus", "zoom(-1)", "zoom out", "see more of the device"),
+        _map("0", "zoom(0)", "fit", "see all of the device"),
+        _map("left_square_bracket", "since(-1)", "since before", "count increments from the snapshot before"),
+        _map("right_square_bracket", "since(1)", "since after", "count increments from the snapshot after"),
+        Binding("g", "app.go_to", "go to", show=False, id="map.go", tooltip="go to an offset, block or sector"),
+        Binding("y", "app.copy_range", "copy", show=False, id="map.copy", tooltip="copy the range under the cursor"),
+        Binding("e", "app.export", "export", show=False, id="map.export", tooltip="write what changed to a file (CSV or JSON)"),
+        Binding("M", "app.mark", "mark", show=False, id="map.mark", tooltip="mark a range as changed, or everything"),
+        Binding("u", "app.unlock", "unlock", show=False, id="map.unlock", tooltip="ask for the permission to read the map"),
+        Binding("slash", "filter", "filter", show=False, id="view.filter", tooltip="show only devices with these words"),
         Binding(
             "space", "pause", "pause", id="view.pause", tooltip="hold the picture still; recording goes on"
         ),
-        Binding("question_mark,f1", "app.help", "help", id="app.help", tooltip="show this"),
-        Binding("q", "app.quit", "quit", id="app.quit", tooltip="leave; trackers and snapshots stay"),
-        Binding(
-            "tab", "app.focus_next", "next part", show=False, id="focus.next", tooltip="go to the next part"
-        ),
-    ]
+        *BOARD_BINDINGS,
+    ]  # fmt: skip
 
-    class Wanting(Message):
-        """The screen wants this drawn now; None when there is nothing to draw."""
-
-        def __init__(self, wanted: Wanted | None) -> None:
-            super().__init__()
-            self.wanted = wanted
-
-    def __init__(self, bus: str, palette: Palette, now_us: Callable[[], int]) -> None:
-        super().__init__()
-        self._bus, self._palette, self._now_us = bus, palette, now_us
+    def __init__(self, desk: Desk, palette: Palette) -> None:
+        super().__init__(desk)
+        self._palette = palette
         self._state = State()
-        self._latest = State()
         self._known = False
-        self._info: tuple[ObjectPath, Mapping[str, Any]] | None = None
-        self._frame: Frame | None = None
-        self._failure = ""
-        self._mode = MODES[0]
-        self._room: tuple[int, int] | None = None
-        self._wanted: Wanted | None = None
-        self._pointed: tuple[int, int] | None = None
+        self._infos: dict[ObjectPath, Mapping[str, Any]] = {}
         self._held: dict[str, Callable[[], None]] | None = None
         self._held_count = 0
-        self._note = ""
+        self._filter = ""
         self._choice = ""
         self._borders: dict[str, tuple[str, str]] = {}
 
@@ -106,14 +83,11 @@ class MainScreen(Screen[None]):
         yield StatusBar(id="status")
         with Horizontal(id="upper"):
             with Vertical(id="side"):
+                yield FilterLine(id="filter")
                 yield DeviceTable(id="devices")
                 with VerticalScroll(id="facts-box", can_focus=False):
                     yield Facts(id="facts")
-            with Vertical(id="map"):
-                yield HeatMap(id="heat")
-                yield Static(CONNECTING, id="hint", markup=False)
-                yield Legend(id="legend")
-                yield Inspector(id="inspector")
+            yield MapPane(id="map")
         with Vertical(id="lower"):
             yield SnapshotTable(id="snapshots")
             yield Static(NO_SNAPSHOTS, id="no-snapshots", markup=False)
@@ -122,30 +96,24 @@ class MainScreen(Screen[None]):
     def on_mount(self) -> None:
         """Name the parts and show that nothing is known yet."""
         self.query_one("#devices").border_title = "devices"
-        self.query_one(HeatMap).palette = self._palette
+        self.pane.use_palette(self._palette)
         self.query_one("#devices").focus()
         self._show_all()
 
     @property
+    def pane(self) -> MapPane:
+        """Give the map."""
+        return self.query_one(MapPane)
+
+    @property
     def is_drawn(self) -> bool:
         """Say whether the chosen device's map and reading are on the screen."""
-        frame, device = self._frame, self.device
-        return (
-            frame is not None
-            and device is not None
-            and frame.wanted == self._wanted
-            and self._info is not None
-            and self._info[0] == device.object_path
-        )
+        device = self.device
+        return device is not None and self.pane.is_drawn and device.object_path in self._infos
 
     def value_of_block(self, block: int) -> int | None:
         """Give the byte the last frame has for a block; None when it is not shown."""
-        if self._frame is None:
-            return None
-        try:
-            return self._frame.values[self._frame.wanted.grid.bin_of(block)]
-        except IndexError:
-            return None
+        return self.pane.value_of_block(block)
 
     @property
     def held(self) -> int:
@@ -157,7 +125,7 @@ class MainScreen(Screen[None]):
     @property
     def state(self) -> State:
         """Give the newest state, also while the picture is held."""
-        return self._latest
+        return self.desk.state
 
     @property
     def device(self) -> Device | None:
@@ -177,44 +145,55 @@ class MainScreen(Screen[None]):
         self._choice = device
         if self._state.device(device) is not None:
             self._choice = ""
+            if not table.shows(device):
+                self.query_one(FilterLine).clear()
+                self._set_filter("")
             table.move_cursor(row=table.get_row_index(device), animate=False)
 
     # ---- what arrives
 
     def take_state(self, state: State) -> None:
         """Show a new state."""
-        self._latest = state
         self._or_hold("state", lambda: self._set_state(state))
 
     def take_frame(self, frame: Frame) -> None:
         """Draw a new frame."""
-        self._or_hold("frame", lambda: self._set_frame(frame))
+        self._or_hold("frame", lambda: self.pane.take_frame(frame))
 
     def take_info(self, device: ObjectPath, info: Mapping[str, Any]) -> None:
         """Show a new reading of a tracker."""
-        self._or_hold("info", lambda: self._set_info(device, info))
+        if self._infos.get(device) != info:
+            self._or_hold(f"info {device}", lambda: self._set_info(device, info))
+
+    def take_counts(self, counts: Counts) -> None:
+        """Show what is under the cursor."""
+        if self.app.is_running:
+            self.pane.take_counts(counts)
 
     def take_failure(self, device: ObjectPath, text: str) -> None:
         """Say why the map cannot be drawn."""
-        if self._wanted is not None and self._wanted.device == device:
-            self._failure, self._frame = text, None
-            self._show_map()
+        if self.app.is_running:
+            self.pane.take_failure(device, text)
 
-    def note(self, text: str) -> None:
-        """Keep an alarm in the status bar."""
-        self._note = text
-        self._show_status()
+    def show_news(self) -> None:
+        """Show what may be different apart from the state, which comes by `take_state`."""
+        self._show_all()
 
     def _or_hold(self, what: str, apply: Callable[[], None]) -> None:
+        # What arrives while the program is being taken down finds no parts any more.
+        if not self.app.is_running:
+            return
         if self._held is None:
             apply()
         else:
             self._held[what] = apply
             self._held_count += 1
-            self._show_status()
+            self.show_status()
 
     def _set_state(self, state: State) -> None:
         first, self._state, self._known = not self._state.devices, state, True
+        present = {device.object_path for device in state.devices if device.tracker is not None}
+        self._infos = {path: info for path, info in self._infos.items() if path in present}
         self._show_all()
         tracked = next((device for device in state.devices if device.tracker is not None), None)
         if self._choice:
@@ -222,15 +201,10 @@ class MainScreen(Screen[None]):
         elif first and tracked is not None:
             self.choose(tracked.object_path)
 
-    def _set_frame(self, frame: Frame) -> None:
-        if frame.wanted == self._wanted:
-            self._frame, self._failure = frame, ""
-            self._show_map()
-            self._show_inspector()
-
     def _set_info(self, device: ObjectPath, info: Mapping[str, Any]) -> None:
-        self._info = (device, info)
-        self._show_facts()
+        self._infos[device] = info
+        if self.device is not None and self.device.object_path == device:
+            self._show_device()
 
     # ---- what is done here
 
@@ -242,79 +216,93 @@ class MainScreen(Screen[None]):
             held, self._held = self._held, None
             for apply in held.values():
                 apply()
-        self._show_status()
+        self.show_status()
 
-    def action_mode(self) -> None:
-        """Go to the next mode of the map."""
-        self._mode = MODES[(MODES.index(self._mode) + 1) % len(MODES)]
-        self._ask()
-        self._show_map()
+    async def action_map(self, act: str) -> None:
+        """Have the map do something."""
+        await self.app.run_action(act, self.pane)
+
+    def action_filter(self) -> None:
+        """Ask which devices to show."""
+        self.query_one(FilterLine).ask()
+
+    @on(Input.Changed, "#filter")
+    def _filter_changed(self, event: Input.Changed) -> None:
+        self._set_filter(event.value)
+
+    @on(FilterLine.Done)
+    def _filter_done(self) -> None:
+        self.query_one(DeviceTable).focus()
+
+    def _set_filter(self, words: str) -> None:
+        self._filter = words
+        self._show_all()
 
     @on(DataTable.RowHighlighted, "#devices")
     def _device_chosen(self) -> None:
-        self._ask()
-        self._show_facts()
-        self._show_map()
-        self._show_inspector()
+        self._show_device()
 
     @on(DataTable.RowHighlighted, "#snapshots")
     def _snapshot_chosen(self) -> None:
         self._show_snapshot()
 
-    @on(HeatMap.Resized)
-    def _room_changed(self, event: HeatMap.Resized) -> None:
-        self._room = (event.cols, event.rows)
-        self._ask()
-        self._show_map()
-
-    @on(HeatMap.Pointed)
-    def _pointed_at(self, event: HeatMap.Pointed) -> None:
-        self._pointed = (event.col, event.row)
-        self._show_inspector()
-
-    def on_resize(self) -> None:
-        """Let the lines that depend on the width be written again."""
-        self.call_after_refresh(self._show_all)
+    @on(DataTable.RowSelected, "#snapshots")
+    def _snapshot_picked(self) -> None:
+        """Show what changed since the snapshot that was picked: the next increment after it."""
+        snapshot, device = self.snapshot, self.device
+        if snapshot is None:
+            return
+        images = {image.device: image for image in self._state.images_of(snapshot)}
+        if device is None or device.object_path not in images:
+            device = next((self._state.device(path) for path in images), None)
+        if device is not None and device.tracker is not None:
+            image = images[device.object_path]
+            if image.generation_id != device.tracker.generation_id:
+                self.notify(
+                    "this snapshot is of an older history: nothing can be counted since it", markup=False
+                )
+                return
+            self.choose(device.object_path)
+            self._show_device()
+            self.pane.count_since(image.changes_number)
 
     def set_palette(self, palette: Palette) -> None:
         """Draw with other colours."""
         self._palette = palette
-        self.query_one(HeatMap).palette = palette
+        self.pane.use_palette(palette)
         self._show_all()
-
-    def _ask(self) -> None:
-        """Work out what should be drawn, and say so when it is something else."""
-        device, wanted = self.device, None
-        if device is not None and device.tracker is not None and self._room is not None:
-            cols, rows = self._room
-            grid = Grid(Window(0, max(device.tracker.block_count, 1)), cols, rows)
-            since = device.tracker.shown_since if self._mode == "density" else 0
-            wanted = Wanted(device.object_path, grid, self._mode, since)
-        if wanted != self._wanted:
-            if wanted is None or self._wanted is None or wanted.device != self._wanted.device:
-                self._frame, self._failure = None, ""
-            self._wanted = wanted
-            self.post_message(self.Wanting(wanted))
 
     # ---- showing
 
     def _show_all(self) -> None:
-        now_us = self._now_us()
-        self.query_one(Footer).compact = self.app.size.width < ROOMY_FOOTER
-        self.query_one(DeviceTable).show(self._state.devices, wide=self.app.size.width >= WIDE)
+        now_us = self.desk.now_us()
+        self.query_one(Footer).compact = self.app.size.width < 100
+        table = self.query_one(DeviceTable)
+        table.show(self._state.devices, wide=self.app.size.width >= WIDE, words=self._filter)
+        subtitle = f"{table.row_count} of {len(self._state.devices)}: {self._filter}" if self._filter else ""
+        self._title("#devices", "devices", subtitle)
         self.query_one(SnapshotTable).show(self._state, now_us=now_us, width=self.app.size.width)
         self.set_class(not self._state.snapshots, "-no-snapshots")
         self._show_snapshot()
-        self._ask()
-        self._show_facts()
-        self._show_map()
-        self._show_inspector()
-        self._show_status()
+        self._show_device()
+        self.show_status()
 
-    def _show_status(self) -> None:
+    def show_status(self) -> None:
+        """Write the status line."""
         self.query_one(StatusBar).show(
-            self._state, bus=self._bus, paused=self._held is not None, held=self._held_count, note=self._note
+            self._state,
+            bus=self.desk.bus,
+            held=None if self._held is None else self._held_count,
+            note=self.desk.note,
+            silent_s=self.desk.silent_s,
         )
+
+    def _show_device(self) -> None:
+        device, now_us = self.device, self.desk.now_us()
+        info = None if device is None else self._infos.get(device.object_path)
+        self._title("#facts-box", "device" if device is None else device.name)
+        self.query_one(Facts).show(device, info, now_us=now_us)
+        self.pane.show(self._state if self._known else None, device, info, now_us=now_us)
 
     def _show_snapshot(self) -> None:
         """Write on the border what the row of the chosen snapshot may have no room for."""
@@ -326,38 +314,6 @@ class MainScreen(Screen[None]):
         words = snapshot.error or " · ".join(filter(None, (snapshot.description, where)))
         self._title("#lower", "snapshots", words)
 
-    def _reading(self, device: Device | None) -> Mapping[str, Any] | None:
-        """Give the last reading, if it is this device's."""
-        if self._info is None or device is None or self._info[0] != device.object_path:
-            return None
-        return self._info[1]
-
-    def _show_facts(self) -> None:
-        device = self.device
-        self._title("#facts-box", "device" if device is None else device.name)
-        self.query_one(Facts).show(device, self._reading(device), now_us=self._now_us())
-
-    def _show_map(self) -> None:
-        device = self.device
-        words = hint(self._state if self._known else None, device, self._failure, self._reading(device))
-        self.set_class(bool(words), "-hint")
-        if words:
-            self.query_one("#hint", Static).update(words)
-        tracker = None if device is None else device.tracker
-        grid = None if self._wanted is None else self._wanted.grid
-        self._title("#map", *titles(self._state, device, grid, self._mode, now_us=self._now_us()))
-        self.query_one(Legend).show(self._palette, self._mode, None if words else tracker)
-        frame, heat = self._frame, self.query_one(HeatMap)
-        if frame is None or tracker is None:
-            heat.show(b"", 0)
-        elif frame.wanted.mode == "age":
-            intervals = tracker.active_number - max(tracker.oldest_number, 1) + 1
-            heat.show(
-                frame.values.translate(age_levels(self._palette.levels, intervals)), frame.wanted.grid.cols
-            )
-        else:
-            heat.show(frame.values.translate(density_levels(self._palette.levels)), frame.wanted.grid.cols)
-
     def _title(self, selector: str, title: str, subtitle: str = "") -> None:
         """Write on a border, unless it is there already: Textual draws all of a box again for it."""
         if self._borders.get(selector) != (title, subtitle):
@@ -365,13 +321,3 @@ class MainScreen(Screen[None]):
             box = self.query_one(selector)
             # Escaped: a device may be called [red].
             box.border_title, box.border_subtitle = Content(title).markup, Content(subtitle).markup
-
-    def _show_inspector(self) -> None:
-        frame = self._frame
-        if frame is None or self._pointed is None:
-            self.query_one(Inspector).show(None, None, 0, None, self._mode)
-            return
-        grid = frame.wanted.grid
-        index = grid.index(*self._pointed)
-        value = frame.values[index] if index < len(frame.values) else None
-        self.query_one(Inspector).show(self.device, grid, index, value, frame.wanted.mode)

@@ -28,11 +28,13 @@ class DeviceTable(RowTable):
         super().__init__(_NARROW, id=id)
         self._wide = False
 
-    def show(self, devices: Sequence[Device], *, wide: bool) -> None:
-        """Show these devices, with what tracks them when there is room."""
+    def show(self, devices: Sequence[Device], *, wide: bool, words: str = "") -> None:
+        """Show the devices that have all the words, with what tracks them when there is room."""
         self._wide = wide
         self.set_columns(_WIDE if wide else _NARROW)
-        self.show_rows({device.object_path: self._row(device) for device in devices})
+        self.show_rows(
+            {device.object_path: self._row(device) for device in devices if matches(device, words)}
+        )
 
     def _row(self, device: Device) -> tuple[Cell, ...]:
         glyph, word, tone = device_state(device)
@@ -42,3 +44,11 @@ class DeviceTable(RowTable):
             word = device.tracker.backend
         size = Text(format_size(device.size), justify="right")
         return (name, size, Text("-" if tone == "dim" else word, style=style)) if self._wide else (name, size)
+
+
+def matches(device: Device, words: str) -> bool:
+    """Say whether every word occurs in something one would know a device by."""
+    state = device_state(device)[1]
+    known = (device.path, *device.symlinks, device.model, device.serial, device.id_type, device.id_label)
+    line = " ".join((*known, device.id_uuid, *device.mount_points, state)).casefold()
+    return all(word in line for word in words.casefold().split())

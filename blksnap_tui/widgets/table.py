@@ -40,6 +40,10 @@ class RowTable(DataTable[Cell]):
             return None
         return self.coordinate_to_cell_key(self.cursor_coordinate).row_key.value
 
+    def shows(self, key: str) -> bool:
+        """Say whether there is a row with a key."""
+        return key in self._shown
+
     def show_rows(self, rows: Mapping[str, tuple[Cell, ...]]) -> None:
         """Show these rows, in this order."""
         if not self.columns:

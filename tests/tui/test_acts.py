@@ -3,24 +3,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import Input
+from textual.widgets import Input, Select
 
 from blksnap_tui import model
 from blksnap_tui.app import BlksnapApp
 from blksnap_tui.heat.widget import HeatMap
-from blksnap_tui.screens.dialogs import AskFile, AskSnapshot, Confirm, Notice, default_limit
+from blksnap_tui.screens.dialogs import AskFile, AskSnapshot, Confirm, Dialog, Notice, default_limit
 from blksnap_tui.screens.help import HelpScreen
+from blksnap_tui.screens.questions import AskLine, AskTrack
 from blksnap_tui.testing import FakeService, Refusal
 from blksnap_tui.units import parse_size
-from blksnap_tui.widgets.lines import Inspector
+from blksnap_tui.widgets.inspector import Inspector
 from tests.tui.golden import screen_text
 from tests.tui.worlds import DISK, drawn, running, until
 
-READS = {"GetManagedObjects", "Summarize", "GetInfo"}
+READS = {"GetManagedObjects", "Summarize", "GetInfo", "ReadMap"}
 
 
 def acts(service: FakeService) -> list[tuple[str, tuple[Any, ...]]]:
@@ -76,12 +78,12 @@ async def test_a_device_is_tracked_after_a_yes(busy: FakeService) -> None:
     """Cancel is at hand; one step to the right is yes."""
     async with running(busy) as (app, pilot):
         await chosen(app, pilot, "sda")
-        await asked(app, pilot, "t", Confirm)
+        await asked(app, pilot, "t", AskTrack)
         await answered(app, pilot, "right", "enter")
         await drawn(app, pilot)
         assert app.main.device is not None
         assert app.main.device.tracker is not None
-    assert [name for name, _ in acts(busy)] == ["Attach"]
+    assert acts(busy) == [("Attach", ({},))]
 
 
 @pytest.mark.parametrize("no", ["enter", "escape"])
@@ -90,7 +92,7 @@ async def test_nothing_happens_without_a_yes(busy: FakeService, name: str, key: 
     """Enter alone cancels, as escape does."""
     async with running(busy) as (app, pilot):
         await chosen(app, pilot, name)
-        await asked(app, pilot, key, Confirm)
+        await asked(app, pilot, key, Dialog)
         await answered(app, pilot, no)
     assert acts(busy) == []
 
@@ -274,3 +276,79 @@ async def test_resizing_keeps_what_was_chosen(busy: FakeService) -> None:
         await drawn(app, pilot)
         assert app.main.device is not None
         assert app.main.device.object_path == DISK
+
+
+async def test_a_backend_can_be_chosen_and_what_others_lack_is_said(busy: FakeService) -> None:
+    """The first is the service's choice and is not sent; another is, with the block size."""
+    (sda,) = (path for path, kept in busy.objects.items() if path.endswith("/sda"))
+    busy.objects[sda][model.DEVICE]["Backends"] = ["nbd", "ublk"]
+    async with running(busy) as (app, pilot):
+        await chosen(app, pilot, "sda")
+        await asked(app, pilot, "t", AskTrack)
+        assert "blkfilter: the kernel has no blksnap module" in screen_text(app)
+        app.screen.query_one("#backend", Select).value = "ublk"
+        app.screen.query_one("#block-size", Input).value = "1M"
+        await answered(app, pilot, "right", "enter")
+    assert acts(busy) == [("Attach", ({"backend": "ublk", "block-size": 1 << 20},))]
+
+
+async def test_a_snapshot_can_be_held(busy: FakeService) -> None:
+    """It then ends with this program, and is shown as held; R lets it stay."""
+    async with running(busy) as (app, pilot):
+        await chosen(app, pilot, "disk.img")
+        await asked(app, pilot, "s", AskSnapshot)
+        app.screen.query_one("#hold", Select).value = True
+        await answered(app, pilot, "enter")
+        await until(pilot, lambda: len(app.main.state.snapshots) == 4)
+        assert app.main.state.snapshots[-1].held
+    assert acts(busy)[0][1][1]["hold"] is True
+
+
+@pytest.mark.parametrize(
+    "text, call",
+    [
+        ("1M:128K", ("MarkDirty", ([[1 << 20, 128 << 10]], {}))),
+        ("all", ("MarkAllDirty", ({},))),
+    ],
+)
+async def test_a_range_or_all_can_be_marked(
+    busy: FakeService, text: str, call: tuple[str, tuple[Any, ...]]
+) -> None:
+    """What lies under the cursor is proposed; what is written counts."""
+    async with running(busy) as (app, pilot):
+        await chosen(app, pilot, "disk.img")
+        await drawn(app, pilot)
+        await asked(app, pilot, "M", AskLine)
+        app.screen.query_one("#line", Input).value = text
+        await answered(app, pilot, "enter")
+        await until(pilot, lambda: bool(acts(busy)))
+    assert acts(busy) == [call]
+
+
+async def test_what_changed_is_written_to_a_file(busy: FakeService, tmp_path: Path) -> None:
+    """Every range since the last snapshot; a name of no known kind is refused first."""
+    async with running(busy) as (app, pilot):
+        await chosen(app, pilot, "disk.img")
+        await drawn(app, pilot)
+        await asked(app, pilot, "e", AskLine)
+        app.screen.query_one("#line", Input).value = str(tmp_path / "changes.txt")
+        await pilot.press("enter")
+        await until(pilot, lambda: "must end in .csv or .json" in screen_text(app))
+        app.screen.query_one("#line", Input).value = str(tmp_path / "changes.csv")
+        await answered(app, pilot, "enter")
+        await until(pilot, (tmp_path / "changes.csv").exists)
+    size = 65_536
+    assert (tmp_path / "changes.csv").read_text() == f"offset,length\n{5000 * size},{40 * size}\n"
+
+
+async def test_read_only_takes_the_acts_away(busy: FakeService) -> None:
+    """Neither the keys work nor are they shown; looking does."""
+    async with running(busy, read_only=True) as (app, pilot):
+        await chosen(app, pilot, "disk.img")
+        await pilot.press("a", "t", "d", "s", "x", "M")
+        await pilot.pause()
+        assert app.screen is app.main
+        assert "destroy" not in screen_text(app).splitlines()[-1]
+        await pilot.press("m")
+        await until(pilot, lambda: "next increment since #13" in screen_text(app))
+    assert acts(busy) == []

@@ -15,6 +15,7 @@ from blksnap_tui.client import Client
 from blksnap_tui.heat.grid import NEWEST
 from blksnap_tui.screens.connect import ConnectScreen
 from blksnap_tui.screens.dialogs import AskFile, AskSnapshot, Confirm
+from blksnap_tui.screens.questions import AskTrack
 from tests.tui.golden import screen_text
 from tests.tui.real import RealService, real_service, write
 from tests.tui.worlds import drawn, until
@@ -109,7 +110,7 @@ async def test_the_program_does_all_of_it_by_keys(service: RealService) -> None:
         await pilot.press(*str(path), "enter")
         await until(pilot, lambda: app.main.device is not None and app.main.device.path == str(path))
         await pilot.press("t")
-        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        await until(pilot, lambda: isinstance(app.screen, AskTrack))
         await pilot.press("right", "enter")
         await drawn(app, pilot)
         device = app.main.device

@@ -47,13 +47,14 @@ def busy() -> FakeService:
 
 @contextlib.asynccontextmanager
 async def running(
-    service: FakeService, size: tuple[int, int] = (80, 24)
+    service: FakeService, size: tuple[int, int] = (80, 24), *, read_only: bool = False
 ) -> AsyncIterator[tuple[BlksnapApp, Pilot[None]]]:
     """Run the program on a service, in a terminal of `size` cells that is not there."""
     app = BlksnapApp(
         make_client=lambda: Client("system", wait_for_service=True, transport=service.connect),
         now_us=lambda: START_US + 10 * 60_000_000,
         rate_hz=10,
+        read_only=read_only,
     )
     async with app.run_test(size=size, notifications=True) as pilot:
         yield app, pilot

@@ -11,9 +11,11 @@ import pytest
 from blksnap_tui import model
 from blksnap_tui.fakemap import FakeMap
 from blksnap_tui.heat.grid import Grid, Window
+from blksnap_tui.messages import Counts, Spot, Wanted
 from blksnap_tui.model import Device, State
 from blksnap_tui.testing import START_US, FakeService
-from blksnap_tui.widgets.map_words import hint, titles
+from blksnap_tui.widgets.inspector import Pointed, counted, where
+from blksnap_tui.widgets.map_words import Shown, hint, titles
 
 
 @pytest.fixture
@@ -32,6 +34,13 @@ def tracked(shown: State, **changes: Any) -> Device:
     device = shown.devices[0]
     assert device.tracker is not None
     return replace(device, tracker=replace(device.tracker, **changes))
+
+
+def seen(grid: Grid | None = None, mode: str = "age", since: int = 0) -> Shown:
+    """Give what a map shows: all of the 16 blocks, or a grid."""
+    window = Window(0, 16) if grid is None else grid.window
+    wanted = None if grid is None else Wanted(model.ObjectPath("/disk"), grid)
+    return Shown(mode, "rows", since, window, wanted)
 
 
 def test_before_the_service_is_found_nothing_is_claimed() -> None:
@@ -56,9 +65,9 @@ def test_a_map_that_cannot_be_read_says_why(state: State) -> None:
 def test_a_map_that_is_not_live_says_as_of_when(state: State) -> None:
     """Else a viewer would take it for the present."""
     device = tracked(state, map_is_live=False)
-    title, _ = titles(state, device, None, "age", now_us=START_US)
+    title, _ = titles(state, device, seen(), None, now_us=START_US)
     assert "as of snapshot #1, " in title
-    assert "as of" not in titles(state, tracked(state), None, "age", now_us=START_US)[0]
+    assert "as of" not in titles(state, tracked(state), seen(), None, now_us=START_US)[0]
 
 
 def test_a_map_that_is_not_live_shows_what_the_last_snapshot_has(state: State) -> None:
@@ -74,5 +83,63 @@ def test_a_map_that_is_not_live_shows_what_the_last_snapshot_has(state: State) -
 )
 def test_the_scale_is_told(state: State, cols: int, text: str) -> None:
     """How much a dot stands for, or how many dots a block takes."""
-    _, subtitle = titles(state, tracked(state), Grid(Window(0, 16), cols, 1), "age", now_us=START_US)
+    _, subtitle = titles(state, tracked(state), seen(Grid(Window(0, 16), cols, 1)), None, now_us=START_US)
     assert subtitle.endswith(text)
+
+
+def test_a_part_of_a_device_is_named_by_where_it_lies(state: State) -> None:
+    """Zoomed in, one still knows where one is."""
+    _, subtitle = titles(state, tracked(state), seen(Grid(Window(4, 8), 8, 1)), None, now_us=START_US)
+    assert subtitle.startswith("512 KiB at 256 KiB of 1.00 MiB · ")
+
+
+def test_the_next_increment_is_told_in_bytes_when_it_is_known(state: State) -> None:
+    """And never as 0 before it is."""
+    shown = seen(mode="since", since=1)
+    title, _ = titles(state, tracked(state), shown, {"changed-blocks": {1: 3}}, now_us=START_US)
+    assert "next increment since #1: 192 KiB, 18.8 %" in title
+    assert titles(state, tracked(state), shown, None, now_us=START_US)[0].endswith("since #1")
+
+
+def test_a_restarted_history_is_said_on_the_map(state: State) -> None:
+    """An empty map would look as if nothing had changed."""
+    title, _ = titles(state, tracked(state), seen(), None, restarted="the disk has grown", now_us=START_US)
+    assert title.endswith("history restarted: the disk has grown")
+
+
+def pointed(shown: State, **changes: Any) -> Pointed:
+    """Give a cursor on blocks 4 to 7."""
+    tracker = shown.devices[0].tracker
+    assert tracker is not None
+    return replace(Pointed(tracker, range(4, 8), "age", 1, 255), **changes)
+
+
+@pytest.mark.parametrize(
+    "mode, value, words",
+    [
+        ("age", 255, "last changed in interval #2 (now)"),
+        ("age", 254, "last changed in interval #1 (1 snapshot ago)"),
+        ("age", 0, "never changed"),
+        ("since", 1, "in the next increment since #1"),
+        ("since", 0, "not in the next increment since #1"),
+        ("density", 255, "all changed since #1"),
+        ("density", 1, "about 1 % changed since #1"),
+        ("density", 0, "nothing changed since #1"),
+        ("frequency", 0, "not seen to change"),
+    ],
+)
+def test_what_is_under_the_cursor_is_said_in_words(state: State, mode: str, value: int, words: str) -> None:
+    """Each mode has its own."""
+    text = str(where(pointed(state, mode=mode, value=value)))
+    assert text == f" ▸ {words} · 256 KiB at 256 KiB · blocks 4 to 7"
+
+
+def test_true_counts_are_told_when_they_are_there(state: State) -> None:
+    """Since the number in question, and by interval; nothing before they were counted."""
+    spot = Spot(state.devices[0].object_path, range(4, 8))
+    counts = Counts(spot, "", {2: 1, 1: 2, 0: 1})
+    assert not str(counted(pointed(state))).strip()
+    assert (
+        str(counted(pointed(state, counts=counts))).strip()
+        == "1 of 4 changed since #1 · last changes in #2: 1, #1: 2, never: 1"
+    )
