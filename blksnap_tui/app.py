@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.text import Text
-from textual.app import App
+from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.screen import Screen
 
 from blksnap_tui import events
 from blksnap_tui.acts import Acts
 from blksnap_tui.announce import announcement
 from blksnap_tui.client import Client
+from blksnap_tui.commands import commands
 from blksnap_tui.defects import record
 from blksnap_tui.feed import DEFAULT_RATE_HZ, Feed
 from blksnap_tui.heat.pane import MapPane
@@ -36,12 +38,16 @@ from blksnap_tui.messages import (
 from blksnap_tui.model import Device, Snapshot, Tracker
 from blksnap_tui.screens.board import ACTS, Board, Desk
 from blksnap_tui.screens.connect import ConnectScreen
+from blksnap_tui.screens.events import EventsScreen
 from blksnap_tui.screens.help import HelpScreen
 from blksnap_tui.screens.jobs import JobsScreen
 from blksnap_tui.screens.main import MainScreen
+from blksnap_tui.screens.overview import OverviewScreen
 from blksnap_tui.screens.questions import AskLine
+from blksnap_tui.screens.snapshots import SnapshotsScreen
 from blksnap_tui.themes import DARK, LIGHT
 from blksnap_tui.units import parse_place
+from blksnap_tui.widgets.facts import changed_blocks
 
 _STYLES = Path(__file__).parent / "styles"
 
@@ -87,7 +93,12 @@ class BlksnapApp(App[None]):
         self.register_theme(LIGHT)
         self.theme = DARK.name
         self.main = MainScreen(self.desk, self._palette())
-        self._boards: dict[str, Board] = {"map": self.main}
+        self._boards: dict[str, Board] = {
+            "map": self.main,
+            "overview": OverviewScreen(self.desk),
+            "snapshots": SnapshotsScreen(self.desk),
+            "events": EventsScreen(self.desk),
+        }
 
     def on_mount(self) -> None:
         """Show the main screen, and begin. The connect screen comes when connecting does not work at once."""
@@ -151,7 +162,9 @@ class BlksnapApp(App[None]):
                 self._record(severity, subject, text)
         desk.state, desk.known = state, True
         desk.storage.note(state, time.monotonic())
-        desk.rates.keep_only({device.object_path for device in state.devices if device.tracker is not None})
+        tracked = {str(device.object_path) for device in state.devices if device.tracker is not None}
+        desk.rates.keep_only(tracked)
+        desk.changed = {path: count for path, count in desk.changed.items() if path in tracked}
         self.main.take_state(state)
         self._news()
 
@@ -171,6 +184,11 @@ class BlksnapApp(App[None]):
     def on_info_ready(self, message: InfoReady) -> None:
         """Show it."""
         self.desk.rates.note(message.device, message.info, message.at_s)
+        device = self.desk.state.device(message.device)
+        if device is not None and device.tracker is not None:
+            changed = changed_blocks(message.info, device.tracker.changes_number)
+            if changed is not None:
+                self.desk.changed[device.object_path] = changed
         self.main.take_info(message.device, message.info)
 
     def on_silence(self, message: Silence) -> None:
@@ -236,6 +254,16 @@ class BlksnapApp(App[None]):
             if board is not self.main:
                 self.push_screen(board)
 
+    def action_show_device(self, path: str) -> None:
+        """Go to the map of a device."""
+        self.action_board("map")
+        self.main.choose(path)
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """Offer every action besides what Textual offers."""
+        yield from commands(self, screen, self.desk.state)
+        yield from super().get_system_commands(screen)
+
     def action_ramp(self) -> None:
         """Draw with the next ramp of colours."""
         ramps = list(ANCHORS)
@@ -300,6 +328,12 @@ class BlksnapApp(App[None]):
         """Write what changed on the chosen device to a file."""
         if device := self._device:
             self.run_worker(self._acts.export(device, self.main.pane.since), group="acts")
+
+    def action_open_image(self, path: str, name: str) -> None:
+        """Open an image."""
+        image = next((image for image in self.desk.state.images if image.object_path == path), None)
+        if image is not None:
+            self.run_worker(self._acts.open_image(image, name), group="acts")
 
     def action_unlock(self) -> None:
         """Ask for the permission to read the map of the chosen device."""

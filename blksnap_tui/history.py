@@ -77,12 +77,12 @@ def sparkline(rates: tuple[float | None, ...], width: int) -> str:
     """
     shown = rates[-width:]
     most = max((rate for rate in shown if rate), default=0.0)
-    bars = ("·" if rate is None else _spark(rate / most if most else 0.0) for rate in shown)
+    bars = ("·" if rate is None else "▁" if rate <= 0 else _spark(rate / most) for rate in shown)
     return "".join(bars).rjust(width)
 
 
 def _spark(share: float) -> str:
-    return "▁" if share <= 0 else _SPARKS[max(2, round(share * 8))]
+    return _SPARKS[max(2, round(share * 8))]
 
 
 class StorageBook:
@@ -184,7 +184,8 @@ def differences(before: State, now: State) -> Iterator[tuple[Severity, str, str]
         if was is None or was.state != snapshot.state:
             why = f": {snapshot.error}" if snapshot.error else ""
             severity: Severity = "error" if snapshot.state == "failed" else "information"
-            yield severity, snapshot_name(now, snapshot), f"the snapshot is {snapshot.state}{why}"
+            became = "failed" if snapshot.state == "failed" else f"is {snapshot.state}"
+            yield severity, snapshot_name(now, snapshot), f"the snapshot {became}{why}"
     for snapshot in shots.values():
         yield "information", snapshot_name(before, snapshot), "the snapshot is gone"
 

@@ -9,34 +9,21 @@ A service inside the process, for looking at the terminal program and testing it
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from blksnap_tui import model
 from blksnap_tui.client import OBJECT_MANAGER, PROPERTIES
-from blksnap_tui.errors import ERROR_PREFIX, BusUnavailableError, from_dbus
+from blksnap_tui.fakelink import OWNER, FakeLink, Refusal
 from blksnap_tui.fakemap import FakeMap
-from blksnap_tui.fakesignatures import SIGNATURES
+from blksnap_tui.fakesignatures import SIGNATURES, job_properties
 from blksnap_tui.model import MANAGER_PATH, ROOT_PATH, SERVICE_NAME, ObjectPath
-from blksnap_tui.wire import DBUS, DBUS_PATH, Reply, Signal, plain
-
-OWNER = ":1.7"
+from blksnap_tui.wire import DBUS, DBUS_PATH, Signal
 
 START_US = 1_790_000_000_000_000
 """The fake's time of day at the beginning: 2026-09-21 14:13:20 UTC."""
-
-
-class Refusal(Exception):
-    """Raised inside the fake to answer a call with a D-Bus error of that kind."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.name = f"{ERROR_PREFIX}{kind}"
-        self.text = text
 
 
 @dataclass
@@ -139,6 +126,12 @@ class FakeService:
         generation = f"00000000-0000-4000-8000-{len(self.calls):012d}"
         self.set_tracker(device, GenerationId=generation, ChangesNumber=0, OldestNumber=0, LastReset=reason)
         self._emit(OWNER, device, model.TRACKER, "GenerationStarted", generation, reason)
+
+    def add_job(self, operation: str, devices: Sequence[str], *, progress: float) -> ObjectPath:
+        """Have the service be busy with something that can be cancelled."""
+        job = ObjectPath(f"{ROOT_PATH}/jobs/{len(self.calls)}")
+        self._add(job, {model.JOB: job_properties(operation, devices, progress, self.now_us)})
+        return job
 
     def stop(self) -> None:
         """Take the service off the bus."""
@@ -342,67 +335,9 @@ class FakeService:
         shown.write(0, len(shown.values))
         return ()
 
+    def _on_Cancel(self, path: str, _options: dict[str, Any]) -> tuple[Any, ...]:  # noqa: N802
+        self._remove(path, model.JOB)
+        return ()
+
     def _on_Export(self, path: str, _options: dict[str, Any]) -> tuple[Any, ...]:  # noqa: N802
         return (self.objects[path][model.IMAGE]["NbdUri"],)
-
-
-class FakeLink:
-    """One connection to a FakeService."""
-
-    def __init__(
-        self,
-        service: FakeService,
-        bus: str,
-        on_signal: Callable[[Signal], None],
-        on_closed: Callable[[str], None],
-    ) -> None:
-        self.service = service
-        self.address = bus
-        self.on_signal = on_signal
-        self.closed = on_closed
-
-    async def __aenter__(self) -> Self:
-        """Connect."""
-        await asyncio.sleep(0)
-        if not self.service.bus_up:
-            raise BusUnavailableError(f"no message bus at {self.address}: no such file or directory")
-        self.service.links.append(self)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Disconnect."""
-        with contextlib.suppress(ValueError):
-            self.service.links.remove(self)
-
-    async def call(
-        self,
-        destination: str,
-        path: str,
-        interface: str,  # noqa: ARG002 - members differ in name
-        member: str,
-        signature: str = "",  # noqa: ARG002
-        body: Sequence[Any] = (),
-        *,
-        fds: Sequence[int] = (),  # noqa: ARG002
-        timeout_s: float = 25.0,  # noqa: ARG002
-        interactive: bool = True,  # noqa: ARG002
-    ) -> Reply:
-        """Have the service answer."""
-        await asyncio.sleep(0)
-        await self.service.answering.wait()
-        if self not in self.service.links:
-            raise BusUnavailableError("the connection to the message bus is closed")
-        if destination == DBUS:
-            return Reply(DBUS, "", (), ())
-        if not self.service.service_up:
-            raise from_dbus(f"{DBUS}.Error.ServiceUnknown", f"The name {SERVICE_NAME} is not on the bus")
-        try:
-            values, sent = self.service.answer(path, member, plain(list(body)))
-        except Refusal as refusal:
-            raise from_dbus(refusal.name, refusal.text) from None
-        return Reply(OWNER, SIGNATURES.get(member, ""), values, sent)
-
-    async def add_match(self, rule: str) -> None:
-        """Signals always come."""

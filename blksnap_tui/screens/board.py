@@ -76,7 +76,8 @@ class Desk:
     """
     What every screen can look up: the newest state, what has been observed over time, and the clock.
 
-    `bus` is the one we are on, `note` an alarm for the status line, `silent_s` how long the service has not answered.
+    `bus` is the one we are on, `note` an alarm for the status line, `silent_s` how long the service has not answered, `changed` how many
+    blocks of each device changed since its last snapshot, as far as it was read.
     """
 
     bus: str
@@ -86,6 +87,7 @@ class Desk:
     note: str = ""
     silent_s: float = 0.0
     read_only: bool = False
+    changed: dict[str, int] = field(default_factory=dict)
     rates: RateBook = field(default_factory=RateBook)
     storage: StorageBook = field(default_factory=StorageBook)
     log: EventLog = field(default_factory=EventLog)

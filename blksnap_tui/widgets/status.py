@@ -40,8 +40,6 @@ class StatusBar(SteadyText):
             _plural(len(state.snapshots), "snapshot"),
         )
         busy = [_job(job) for job in state.jobs]
-        if busy:
-            left.append(f" · {', '.join(busy)}", style_of(self.app, "busy"))
         if held is not None:
             right = Text(
                 f" PAUSED · {_plural(held, 'update')} held ", style=f"reverse {style_of(self.app, 'busy')}"
@@ -51,6 +49,8 @@ class StatusBar(SteadyText):
                 f" no answer for {format_age(silent_s)}: what you see is that old ",
                 style=f"reverse {style_of(self.app, 'bad')}",
             )
+        elif busy:
+            right = Text(f"◐ {', '.join(busy)} ", style=style_of(self.app, "busy"))
         elif note:
             right = Text(f" {note} ", style=style_of(self.app, "bad"))
         else:

@@ -12,11 +12,12 @@ from textual.widgets import Input, Select
 
 from blksnap_tui import model
 from blksnap_tui.app import BlksnapApp
+from blksnap_tui.fakelink import Refusal
 from blksnap_tui.heat.widget import HeatMap
 from blksnap_tui.screens.dialogs import AskFile, AskSnapshot, Confirm, Dialog, Notice, default_limit
 from blksnap_tui.screens.help import HelpScreen
 from blksnap_tui.screens.questions import AskLine, AskTrack
-from blksnap_tui.testing import FakeService, Refusal
+from blksnap_tui.testing import FakeService
 from blksnap_tui.units import parse_size
 from blksnap_tui.widgets.inspector import Inspector
 from tests.tui.golden import screen_text

@@ -26,9 +26,10 @@ from blksnap_tui.errors import (
     ServiceUnavailableError,
     from_dbus,
 )
+from blksnap_tui.fakelink import Refusal
 from blksnap_tui.fakemap import FakeMap
 from blksnap_tui.model import ObjectPath
-from blksnap_tui.testing import FakeService, Refusal
+from blksnap_tui.testing import FakeService
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import pytest
 import blksnapctl.__main__ as ctl
 from blksnap_tui import model
 from blksnap_tui.client import Client
+from blksnap_tui.fakelink import Refusal
 from blksnap_tui.fakemap import FakeMap
 from blksnap_tui.model import ObjectPath
-from blksnap_tui.testing import FakeService, Refusal
+from blksnap_tui.testing import FakeService
 
 
 @pytest.fixture
