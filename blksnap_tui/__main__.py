@@ -7,6 +7,18 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from blksnap_tui.recording import Recorder, RecordingError, Replay
+from blksnap_tui.settings import (
+    LEAST_RATE_HZ,
+    MOST_RATE_HZ,
+    Settings,
+    SettingsError,
+    load,
+    settings_path,
+)
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -31,22 +43,24 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     made.add_argument(
-        "--rate",
-        type=float,
-        default=2.0,
-        metavar="HZ",
-        help="look at the map this often: 0.1 to 10, default 2",
+        "--rate", type=float, metavar="HZ", help="look at the map this often: 0.1 to 10, default 2"
     )
+    made.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings; default ~/.config/blksnap/tui.toml"
+    )
+    film = made.add_mutually_exclusive_group()
+    film.add_argument("--record", type=Path, metavar="FILE", help="write what is seen to a new file")
+    film.add_argument("--replay", type=Path, metavar="FILE", help="play such a file; no service is needed")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; gives the exit status: 0, 1 when the service or its bus cannot be reached, 2 for wrong arguments."""
+    """Run; gives the exit status: 0, 1 when something cannot be reached or read, 2 for wrong arguments."""
     made = parser()
     options = made.parse_args(arguments)
     if options.json and not options.once:
         made.error("--json goes with --once")
-    if not 0.1 <= options.rate <= 10:
+    if options.rate is not None and not LEAST_RATE_HZ <= options.rate <= MOST_RATE_HZ:
         made.error(f"--rate {options.rate:g} is not between 0.1 and 10")
     if options.once:
         from blksnap_tui.once import print_state
@@ -55,12 +69,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stdout.isatty():
         print("blksnap-tui: not a terminal; --once prints the state without one", file=sys.stderr)
         return EXIT_FAILED
-    from blksnap_tui.app import BlksnapApp
+    try:
+        settings = _settings(options)
+        return _show(options, settings)
+    except (SettingsError, RecordingError) as error:
+        print(f"blksnap-tui: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """Put the command line before the file of settings."""
+    if options.config is not None and not options.config.exists():
+        raise SettingsError(f"{options.config}: there is no such file")
+    settings = load(options.config or settings_path())
+    return replace(
+        settings,
+        rate_hz=options.rate or settings.rate_hz,
+        mouse=settings.mouse and not options.no_mouse,
+        read_only=settings.read_only or options.read_only or options.replay is not None,
+    )
+
+
+def _show(options: argparse.Namespace, settings: Settings) -> int:
+    """Draw, until it is enough."""
+    from blksnap_tui.app import BlksnapApp, wall_clock_us
 
     # A library's remark on stderr would land in the middle of the screen, which Textual draws there.
     logging.getLogger().addHandler(logging.NullHandler())
-    app = BlksnapApp(options.bus, rate_hz=options.rate, read_only=options.read_only)
-    app.run(mouse=not options.no_mouse)
+    if options.replay is not None:
+        film = Replay(options.replay)
+        app = BlksnapApp(
+            settings=settings,
+            make_client=film.client,
+            now_us=film.clock_us,
+            source=f"recording {options.replay.name}",
+        )
+        app.background = film.play
+    elif options.record is not None:
+        recorder = Recorder(options.record)
+        app = BlksnapApp(options.bus, settings=settings, now_us=wall_clock_us, recorder=recorder)
+    else:
+        app = BlksnapApp(options.bus, settings=settings)
+    app.run(mouse=settings.mouse)
     return app.return_code or EXIT_OK
 
 

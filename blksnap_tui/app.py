@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
@@ -20,9 +20,9 @@ from blksnap_tui.announce import announcement
 from blksnap_tui.client import Client
 from blksnap_tui.commands import commands
 from blksnap_tui.defects import record
-from blksnap_tui.feed import DEFAULT_RATE_HZ, Feed
+from blksnap_tui.feed import Feed
 from blksnap_tui.heat.pane import MapPane
-from blksnap_tui.heat.ramp import ANCHORS, DEFAULT_RAMP, Palette, depth_of, palette
+from blksnap_tui.heat.ramp import ANCHORS, Palette, depth_of, palette
 from blksnap_tui.history import Entry, Severity, differences
 from blksnap_tui.messages import (
     CountsReady,
@@ -36,6 +36,7 @@ from blksnap_tui.messages import (
     StateUpdated,
 )
 from blksnap_tui.model import Device, Snapshot, Tracker
+from blksnap_tui.recording import Recorder
 from blksnap_tui.screens.board import ACTS, Board, Desk
 from blksnap_tui.screens.connect import ConnectScreen
 from blksnap_tui.screens.events import EventsScreen
@@ -45,6 +46,7 @@ from blksnap_tui.screens.main import MainScreen
 from blksnap_tui.screens.overview import OverviewScreen
 from blksnap_tui.screens.questions import AskLine
 from blksnap_tui.screens.snapshots import SnapshotsScreen
+from blksnap_tui.settings import Settings
 from blksnap_tui.themes import DARK, LIGHT
 from blksnap_tui.units import parse_place
 from blksnap_tui.widgets.facts import changed_blocks
@@ -78,20 +80,26 @@ class BlksnapApp(App[None]):
         *,
         make_client: Callable[[], Client] | None = None,
         now_us: Callable[[], int] = wall_clock_us,
-        rate_hz: float = DEFAULT_RATE_HZ,
-        read_only: bool = False,
+        settings: Settings = Settings(),  # noqa: B008 - frozen
+        source: str = "",
+        recorder: Recorder | None = None,
     ) -> None:
         super().__init__()
-        self.desk = Desk(bus, now_us, read_only=read_only)
+        self.desk = Desk(bus, now_us, read_only=settings.read_only, source=source)
         self._feed = Feed(
-            make_client or (lambda: Client(bus, wait_for_service=True)), self.post_message, rate_hz=rate_hz
+            make_client or (lambda: Client(bus, wait_for_service=True)),
+            self.post_message,
+            rate_hz=settings.rate_hz,
+            recorder=recorder,
         )
         self._acts = Acts(self, lambda: self._feed.client)
         self._connect: ConnectScreen | None = None
-        self._ramp = DEFAULT_RAMP
+        self.background: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._ramp = settings.ramp
         self.register_theme(DARK)
         self.register_theme(LIGHT)
-        self.theme = DARK.name
+        self.theme = settings.theme if settings.theme in self.available_themes else DARK.name
+        self.set_keymap(dict(settings.keys))
         self.main = MainScreen(self.desk, self._palette())
         self._boards: dict[str, Board] = {
             "map": self.main,
@@ -105,6 +113,8 @@ class BlksnapApp(App[None]):
         self.theme_changed_signal.subscribe(self, lambda _theme: self.main.set_palette(self._palette()))
         self.push_screen(self.main)
         self.run_worker(self._feed.run(), name="feed", exit_on_error=True)
+        if self.background is not None:
+            self.run_worker(self.background(), name="background", exit_on_error=True)
 
     def _fatal_error(self) -> None:
         """

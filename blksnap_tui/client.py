@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -123,6 +123,11 @@ class Client(Calls):
         if self._state is None:
             self._state = model.state_from(self._objects or {})
         return self._state
+
+    @property
+    def objects(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """Give all objects as they are on the bus: path → interface → property → value."""
+        return self._objects or {}
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Hand every event to `callback` from now on; returns what ends it."""

@@ -34,8 +34,9 @@ from blksnap_tui.messages import (
     Wanted,
 )
 from blksnap_tui.model import Device, Tracker
+from blksnap_tui.recording import Recorder
+from blksnap_tui.settings import DEFAULT_RATE_HZ
 
-DEFAULT_RATE_HZ = 2.0
 RETRY_S = (0.5, 1.0, 2.0, 5.0)
 
 # Counters change with every write; people do not read them faster.
@@ -70,10 +71,12 @@ class Feed:
         post: Callable[[Message], object],
         *,
         rate_hz: float = DEFAULT_RATE_HZ,
+        recorder: Recorder | None = None,
     ) -> None:
         self.client: Client | None = None
         self._make_client = make_client
         self._post = post
+        self._recorder = recorder
         self._period_s = 1 / rate_hz
         self._wanted: Wanted | None = None
         self._last: Frame | None = None
@@ -146,6 +149,8 @@ class Feed:
                     group.create_task(self._survey(client)),
                     group.create_task(self._watch_silence()),
                 ]
+                if self._recorder is not None:
+                    tasks.append(group.create_task(self._recorder.follow(client)))
                 await self._lost.wait()
                 for task in tasks:
                     task.cancel()
@@ -160,6 +165,8 @@ class Feed:
         elif isinstance(event, StateChanged | ServiceFound | ServiceLost):
             self._changed.set()
         else:
+            if self._recorder is not None:
+                self._recorder.event(event)
             self._post(Happened(event))
 
     def _announce(self, client: Client) -> None:

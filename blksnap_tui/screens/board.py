@@ -77,7 +77,7 @@ class Desk:
     What every screen can look up: the newest state, what has been observed over time, and the clock.
 
     `bus` is the one we are on, `note` an alarm for the status line, `silent_s` how long the service has not answered, `changed` how many
-    blocks of each device changed since its last snapshot, as far as it was read.
+    blocks of each device changed since its last snapshot, as far as it was read, `source` the recording that is played.
     """
 
     bus: str
@@ -87,6 +87,7 @@ class Desk:
     note: str = ""
     silent_s: float = 0.0
     read_only: bool = False
+    source: str = ""
     changed: dict[str, int] = field(default_factory=dict)
     rates: RateBook = field(default_factory=RateBook)
     storage: StorageBook = field(default_factory=StorageBook)
@@ -124,7 +125,10 @@ class Board(Screen[None]):
     def show_status(self) -> None:
         """Write the status line."""
         self.query_one(StatusBar).show(
-            self.desk.state, bus=self.desk.bus, note=self.desk.note, silent_s=self.desk.silent_s
+            self.desk.state,
+            bus=self.desk.source or self.desk.bus,
+            note=self.desk.note,
+            silent_s=self.desk.silent_s,
         )
 
     def on_resize(self) -> None:

@@ -291,7 +291,7 @@ class MainScreen(Board):
         """Write the status line."""
         self.query_one(StatusBar).show(
             self._state,
-            bus=self.desk.bus,
+            bus=self.desk.source or self.desk.bus,
             held=None if self._held is None else self._held_count,
             note=self.desk.note,
             silent_s=self.desk.silent_s,

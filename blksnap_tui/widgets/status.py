@@ -32,6 +32,8 @@ class StatusBar(SteadyText):
         """
         tracked = sum(device.tracker is not None for device in state.devices)
         where = f"{bus} bus" if bus in ("system", "session") else "private bus"
+        if bus.startswith("recording "):
+            where = bus
         version = "" if state.manager is None else f" {state.manager.version}"
         left = Text.assemble(
             (" blksnap", "bold"),

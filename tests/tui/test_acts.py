@@ -17,6 +17,7 @@ from blksnap_tui.heat.widget import HeatMap
 from blksnap_tui.screens.dialogs import AskFile, AskSnapshot, Confirm, Dialog, Notice, default_limit
 from blksnap_tui.screens.help import HelpScreen
 from blksnap_tui.screens.questions import AskLine, AskTrack
+from blksnap_tui.settings import Settings
 from blksnap_tui.testing import FakeService
 from blksnap_tui.units import parse_size
 from blksnap_tui.widgets.inspector import Inspector
@@ -344,7 +345,7 @@ async def test_what_changed_is_written_to_a_file(busy: FakeService, tmp_path: Pa
 
 async def test_read_only_takes_the_acts_away(busy: FakeService) -> None:
     """Neither the keys work nor are they shown; looking does."""
-    async with running(busy, read_only=True) as (app, pilot):
+    async with running(busy, settings=Settings(rate_hz=10, read_only=True)) as (app, pilot):
         await chosen(app, pilot, "disk.img")
         await pilot.press("a", "t", "d", "s", "x", "M")
         await pilot.pause()

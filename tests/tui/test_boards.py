@@ -48,12 +48,15 @@ async def test_the_overview_shows_what_is_written(busy: FakeService) -> None:
     """A rate from two readings, and `-` before."""
     async with running(busy, (140, 40)) as (app, pilot):
         await drawn(app, pilot)
+        await until(pilot, lambda: app.desk.changed.get(DISK) == 40)
+        busy.answering.clear()
         app.desk.rates.keep_only(set())
         app.desk.rates.note(DISK, {"written-bytes": 0}, 1.0)
         app.desk.rates.note(DISK, {"written-bytes": 3 << 20}, 2.0)
         await pilot.press("2")
         await until(pilot, lambda: "3.00 MiB/s" in screen_text(app))
         await until(pilot, lambda: "#13: 2.50 MiB, 0.2 %" in screen_text(app))
+        busy.answering.set()
 
 
 async def test_a_storage_that_fills_has_a_forecast(busy: FakeService) -> None:

@@ -16,6 +16,7 @@ from blksnap_tui.heat.grid import NEWEST
 from blksnap_tui.screens.connect import ConnectScreen
 from blksnap_tui.screens.dialogs import AskFile, AskSnapshot, Confirm
 from blksnap_tui.screens.questions import AskTrack
+from blksnap_tui.settings import Settings
 from tests.tui.golden import screen_text
 from tests.tui.real import RealService, real_service, write
 from tests.tui.worlds import drawn, until
@@ -102,7 +103,7 @@ async def test_ranges_of_a_ragged_map_are_those_of_the_map_file(service: RealSer
 async def test_the_program_does_all_of_it_by_keys(service: RealService) -> None:
     """A file is added, tracked, written to, snapshotted; the snapshot destroyed; the map shows the write."""
     path = service.image_file("disk.img", 64 * MIB)
-    app = BlksnapApp(service.bus, rate_hz=10)
+    app = BlksnapApp(service.bus, settings=Settings(rate_hz=10))
     async with app.run_test(size=(100, 30)) as pilot:
         await until(pilot, lambda: app.main.state.manager is not None)
         await pilot.press("a")
@@ -141,7 +142,7 @@ async def test_the_program_survives_the_service(service: RealService) -> None:
     async with Client(service.bus) as client:
         disk = await client.add_image_file(str(path))
         await client.attach(disk)
-    app = BlksnapApp(service.bus, rate_hz=10)
+    app = BlksnapApp(service.bus, settings=Settings(rate_hz=10))
     async with app.run_test(size=(80, 24)) as pilot:
         await drawn(app, pilot)
         await service.kill()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+from textual.widgets import Input
 
 from blksnap_tui.screens.connect import ConnectScreen
 from blksnap_tui.testing import FakeService
@@ -83,6 +84,9 @@ async def test_dialogs(busy: FakeService, golden: Golden, name: str, key: str) -
         await drawn(app, pilot)
         await pilot.press(key)
         await until(pilot, lambda: app.screen is not app.main)
+        for field in app.screen.query(Input):
+            field.cursor_blink = False
+        await pilot.pause()
         golden.check(app, f"{name}-80x24")
 
 

@@ -8,12 +8,15 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from textual.pilot import Pilot
+from textual.widgets import Footer
+from textual.widgets._footer import FooterKey
 
 from blksnap_tui import model
 from blksnap_tui.app import BlksnapApp
 from blksnap_tui.client import Client
 from blksnap_tui.fakemap import believable_map
 from blksnap_tui.model import MANAGER_PATH, ObjectPath
+from blksnap_tui.settings import Settings
 from blksnap_tui.testing import START_US, FakeService
 
 DISK = ObjectPath(f"{model.ROOT_PATH}/devices/disk_2eimg")
@@ -47,14 +50,13 @@ def busy() -> FakeService:
 
 @contextlib.asynccontextmanager
 async def running(
-    service: FakeService, size: tuple[int, int] = (80, 24), *, read_only: bool = False
+    service: FakeService, size: tuple[int, int] = (80, 24), *, settings: Settings | None = None
 ) -> AsyncIterator[tuple[BlksnapApp, Pilot[None]]]:
     """Run the program on a service, in a terminal of `size` cells that is not there."""
     app = BlksnapApp(
         make_client=lambda: Client("system", wait_for_service=True, transport=service.connect),
         now_us=lambda: START_US + 10 * 60_000_000,
-        rate_hz=10,
-        read_only=read_only,
+        settings=settings or Settings(rate_hz=10),
     )
     async with app.run_test(size=size, notifications=True) as pilot:
         yield app, pilot
@@ -64,6 +66,10 @@ async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
     """Let the program work until something holds, and then until it has nothing to do."""
     async with asyncio.timeout(PATIENCE_S):
         while not true():
+            await pilot.pause(0.01)
+        await pilot.pause()
+        # The footer writes its keys some time after everything else is there.
+        while not all(footer.query(FooterKey) for footer in pilot.app.screen.query(Footer)):
             await pilot.pause(0.01)
     await pilot.pause()
 
