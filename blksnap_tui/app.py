@@ -348,7 +348,11 @@ class BlksnapApp(App[None]):
     def action_unlock(self) -> None:
         """Ask for the permission to read the map of the chosen device."""
         if device := self._device:
-            self.run_worker(self._acts.unlock(device), group="acts")
+            self.run_worker(self._unlock(device), group="acts")
+
+    async def _unlock(self, device: Device) -> None:
+        await self._acts.unlock(device)
+        self._feed.look_again()
 
     def action_copy_range(self) -> None:
         """Copy the bytes under the cursor, as OFFSET:LENGTH."""

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A connection to a fake service (`testing`): stands where `wire.Connection` stands, with the same promises."""
+"""
+A connection to a fake service (`testing`): stands where `wire.Connection` stands, with the same promises.
+
+A service that is `locked` lets maps be read only after somebody could be asked for a password, who then gives it.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ class FakeLink:
         *,
         fds: Sequence[int] = (),  # noqa: ARG002
         timeout_s: float = 25.0,  # noqa: ARG002
-        interactive: bool = True,  # noqa: ARG002
+        interactive: bool = True,
     ) -> Reply:
         """Have the service answer."""
         await asyncio.sleep(0)
@@ -81,6 +85,12 @@ class FakeLink:
             return Reply(DBUS, "", (), ())
         if not self.service.service_up:
             raise from_dbus(f"{DBUS}.Error.ServiceUnknown", f"The name {SERVICE_NAME} is not on the bus")
+        if self.service.locked and member in ("Summarize", "GetInfo", "ReadMap"):
+            if not interactive:
+                raise from_dbus(
+                    f"{ERROR_PREFIX}NotAuthorizedCanObtain", "a password is needed to read the map"
+                )
+            self.service.locked = False
         try:
             values, sent = self.service.answer(path, member, plain(list(body)))
         except Refusal as refusal:

@@ -50,6 +50,9 @@ SURVEYED_PER_S = 5.0
 REST_S = 0.05
 MOST_COUNTED = 1 << 20
 
+# What was refused is asked for less often: every question is one to polkit too.
+REFUSED_PERIOD_S = 3.0
+
 # An answer that takes longer than this is worth a word.
 PATIENCE_S = 3.0
 
@@ -103,6 +106,10 @@ class Feed:
         """Say which blocks to count, once the cursor rests there."""
         self._spot = spot
         self._spotted.set()
+
+    def look_again(self) -> None:
+        """Fetch what is wanted without waiting any longer."""
+        self._look.set()
 
     def retry_now(self) -> None:
         """Try to reach the bus without waiting any longer."""
@@ -197,13 +204,14 @@ class Feed:
         """Fetch what is wanted, at most at the set rate, and post what differs."""
         while True:
             self._look.clear()
-            wanted = self._wanted
+            wanted, good = self._wanted, True
             if wanted is not None and client.available:
-                await self._fetch(client, wanted)
+                good = await self._fetch(client, wanted)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), self._period_s)
+                await asyncio.wait_for(self._look.wait(), self._period_s if good else REFUSED_PERIOD_S)
 
-    async def _fetch(self, client: Client, wanted: Wanted) -> None:
+    async def _fetch(self, client: Client, wanted: Wanted) -> bool:
+        """Fetch what is wanted and post it; gives whether the service let us."""
         grid, strip = wanted.grid, b""
         self._asked_at = _now()
         try:
@@ -215,11 +223,13 @@ class Feed:
                 self._info_at = _now()
                 self._post(InfoReady(wanted.device, info, self._info_at))
         except BlksnapError as error:
+            # The picture goes with what is said about it, so the next answer is new even if it is the same.
+            self._last = None
             # Detached or left a moment ago: the state says so too. Anything else is worth showing.
             if wanted == self._wanted and not (isinstance(error, ServiceError) and error.kind in _GONE):
                 locked = isinstance(error, ServiceError) and error.kind == "NotAuthorizedCanObtain"
                 self._post(FrameFailed(wanted.device, str(error), locked=locked))
-            return
+            return False
         finally:
             self._asked_at = None
         frame = Frame(wanted, values, sequence, strip)
@@ -227,6 +237,7 @@ class Feed:
         if wanted == self._wanted and (last is None or (values, strip) != (last.values, last.strip)):
             self._last = frame
             self._post(FrameReady(frame))
+        return True
 
     async def _follow_spot(self, client: Client) -> None:
         """Count what is under the cursor whenever it has come to rest."""

@@ -39,6 +39,7 @@ class FakeService:
     links: list[FakeLink] = field(default_factory=list)
     now_us: int = START_US
     made: int = 0
+    locked: bool = False
     answering: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:

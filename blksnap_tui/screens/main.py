@@ -157,8 +157,11 @@ class MainScreen(Board):
         self._or_hold("state", lambda: self._set_state(state))
 
     def take_frame(self, frame: Frame) -> None:
-        """Draw a new frame."""
-        self._or_hold("frame", lambda: self.pane.take_frame(frame))
+        """Draw a new frame; one that was asked for during a pause is not held back."""
+        if self.app.is_running and not self.pane.is_drawn:
+            self.pane.take_frame(frame)
+        else:
+            self._or_hold("frame", lambda: self.pane.take_frame(frame))
 
     def take_info(self, device: ObjectPath, info: Mapping[str, Any]) -> None:
         """Show a new reading of a tracker."""

@@ -160,3 +160,23 @@ async def test_a_service_that_does_not_answer_makes_the_picture_old(busy: FakeSe
         await until(pilot, lambda: "no answer for" in screen_text(app))
         busy.answering.set()
         await until(pilot, lambda: "● live" in screen_text(app))
+
+
+async def test_a_map_that_may_not_be_read_can_be_unlocked(busy: FakeService) -> None:
+    """It says how, asks nobody by itself, and is drawn once it may be."""
+    async with on_the_map(busy) as (app, pilot):
+        busy.locked = True
+        await until(pilot, lambda: "press u to be asked for a password" in screen_text(app))
+        busy.calls.clear()
+        await pilot.press("u")
+        await until(pilot, lambda: not busy.locked)
+        await drawn(app, pilot)
+
+
+async def test_a_paused_map_can_still_be_zoomed(busy: FakeService) -> None:
+    """What was asked for is shown; only what comes by itself is held."""
+    async with on_the_map(busy) as (app, pilot):
+        await pilot.press("space", "plus")
+        await drawn(app, pilot)
+        assert app.main.pane.zoomed
+        assert "PAUSED" in screen_text(app)
