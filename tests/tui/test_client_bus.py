@@ -196,7 +196,7 @@ async def test_a_call_without_an_answer_ends(
     service: ScriptedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After its time, with an error that says which it was; what comes late is nothing, and closed."""
-    monkeypatch.setattr("blksnap_tui.calls.READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("blksnap_tui.calls.ACT_TIMEOUT_S", 0.2)
     held: list[Any] = []
     service.handlers["GetInfo"] = held.append
     fd = os.memfd_create("late")
