@@ -196,7 +196,7 @@ class BlksnapApp(App[None]):
         self.desk.rates.note(message.device, message.info, message.at_s)
         device = self.desk.state.device(message.device)
         if device is not None and device.tracker is not None:
-            changed = changed_blocks(message.info, device.tracker.changes_number)
+            changed = changed_blocks(message.info, device.tracker.shown_since)
             if changed is not None:
                 self.desk.changed[device.object_path] = changed
         self.main.take_info(message.device, message.info)

@@ -18,7 +18,7 @@ from blksnap_tui.model import Device, Tracker
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How the map is to be seen; `since` is the number that increments are counted from, None for the last snapshot's."""
+    """How the map is to be seen; `since` is the number that increments are counted from, None for the latest whose changes the map has."""
 
     mode: str = MODES[0]
     layout: str = LAYOUTS[0]
@@ -39,12 +39,12 @@ class View:
         return View(
             self.mode if self.mode == "density" else "since",
             LAYOUTS[0] if self.layout == "time" else self.layout,
-            None if number == tracker.changes_number else number,
+            None if number == tracker.shown_since else number,
         )
 
     def since_number(self, tracker: Tracker) -> int:
         """Give the number that increments are counted from."""
-        return tracker.changes_number if self.since is None else self.since
+        return tracker.shown_since if self.since is None else self.since
 
     def holds_for(self, before: Tracker | None, tracker: Tracker) -> bool:
         """Say whether the number still means what it meant."""

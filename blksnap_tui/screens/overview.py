@@ -107,7 +107,7 @@ class OverviewScreen(Board):
         if tracker is None or changed is None:
             return Text("-")
         share = format_share(changed, tracker.block_count)
-        return Text(f"#{tracker.changes_number}: {format_size(changed * tracker.block_size)}, {share}")
+        return Text(f"#{tracker.shown_since}: {format_size(changed * tracker.block_size)}, {share}")
 
     def _space(self, device: Device) -> Text:
         shares = [
