@@ -22,6 +22,8 @@ BLOCK = 64 << 10
 FIXED = 24 * MIB
 MAPS = 4 * 4096
 """Two maps, the state and a table of chunks, each a page at least."""
+QUEUES = MIB
+"""The ring of a device, its requests, and the stack of its thread."""
 BUFFERS, IMAGE_BUFFERS = 64 * (512 << 10), 32 * (256 << 10)
 """Where the driver copies: requests times their largest size (datapath/src/ublk/params.rs)."""
 STAGING = 4 * MIB
@@ -48,7 +50,7 @@ async def test_thirty_two_devices_are_tracked_at_once() -> None:
             assert pid is not None
             with Control(daemon.run / "datapath.sock") as control:
                 copied = not control.call("hello", protocol=1)["ublk"]["zero_copy"]
-            allowed = FIXED + COUNT * (MAPS + (BUFFERS if copied else 0))
+            allowed = FIXED + COUNT * (MAPS + QUEUES + (BUFFERS if copied else 0))
             check(f"{COUNT} devices tracked", pid, allowed)
             first, numbers = await take(tracked)
             allowed += COUNT * (STAGING + MAPS + (IMAGE_BUFFERS if copied else 0))
