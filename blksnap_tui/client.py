@@ -72,6 +72,7 @@ class Client(Calls):
         self._state: model.State | None = None
         self._subscribers: list[Callable[[Event], None]] = []
         self._stale = asyncio.Event()
+        self._loading = False
         self._loader: asyncio.Task[None] | None = None
         self._stack = contextlib.AsyncExitStack()
 
@@ -147,7 +148,7 @@ class Client(Calls):
     def _on_signal(self, signal: Signal) -> None:
         if signal.interface == DBUS and signal.member == "NameOwnerChanged" and signal.sender == DBUS:
             self._on_owner(str(signal.body[2]))
-        elif self._objects is None:
+        elif self._objects is None or self._loading:
             self._early.append(signal)
         elif signal.sender == self._owner:
             self._apply(signal, self._objects)
@@ -189,11 +190,18 @@ class Client(Calls):
 
     async def _load(self) -> None:
         """Read all objects anew and apply the signals that came meanwhile."""
-        self._objects = None
-        reply = await self._connection.call(
-            SERVICE_NAME, ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects", timeout_s=READ_TIMEOUT_S
-        )
-        objects: _Objects = checked(reply, OBJECTS)[0]
+        # What was read last stays until then: nobody is shown an empty service that only is being read.
+        self._loading = True
+        try:
+            reply = await self._connection.call(
+                SERVICE_NAME, ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects", timeout_s=READ_TIMEOUT_S
+            )
+            objects: _Objects = checked(reply, OBJECTS)[0]
+        except BlksnapError:
+            self._objects, self._state = None, None
+            raise
+        finally:
+            self._loading = False
         self._owner, self._objects, self._state = reply.sender, objects, None
         early, self._early = self._early, []
         for signal in early:
