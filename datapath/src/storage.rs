@@ -86,6 +86,11 @@ impl Storage {
         &self.file
     }
 
+    /// Whether it has all its room from the start: it is a block device.
+    pub fn is_disk(&self) -> bool {
+        !self.grows
+    }
+
     pub fn limit(&self) -> u64 {
         self.limit
     }

@@ -32,6 +32,7 @@ BLOCK = 65_536
 EMULATED = "BLKSNAP_VM_GUEST" in os.environ
 """In a guest of tests/vm, where all takes ten to thirty times longer."""
 START_S = 150.0 if EMULATED else 30.0
+ANSWER_S = 600.0 if EMULATED else 60.0
 
 BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -214,7 +215,13 @@ class Client:
         """Call a method of ours; ``options`` are (type, value) pairs, ``_`` in their names stands for ``-``."""
         last = {name.replace("_", "-"): variant(*pair) for name, pair in options.items()}
         results = await self.connection.call(
-            paths.BUS_NAME, path, interface, member, f"{signature}a{{sv}}", [*arguments, last], timeout=60
+            paths.BUS_NAME,
+            path,
+            interface,
+            member,
+            f"{signature}a{{sv}}",
+            [*arguments, last],
+            timeout=ANSWER_S,
         )
         return results[0] if len(results) == 1 else tuple(results)
 

@@ -9,6 +9,8 @@ use crate::ring::{Kind, Token};
 use crate::snapshot::Cause;
 use std::os::fd::AsRawFd;
 
+const NO_ROOM: i32 = -libc::ENOSPC;
+
 /// What a write waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Blocked {
@@ -217,6 +219,10 @@ impl Engine {
                 self.copy_ended(place, slot, true);
             }
             error if error == -libc::EINTR || error == -libc::EAGAIN => self.write_old(place, slot),
+            // It had all its room from the start, and has no size any more.
+            0 | NO_ROOM if image.snapshot.storage.is_disk() => {
+                self.copy_failed(place, slot, Cause::Storage, libc::ENODEV);
+            }
             // A short store of nothing is a storage that has no room left.
             0 => self.copy_failed(place, slot, Cause::NoSpace, libc::ENOSPC),
             error if matches!(-error, libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => {
