@@ -61,7 +61,11 @@ def names() -> list[str]:
 
 def test_there_is_one_class_per_error_name_of_the_design() -> None:
     """No more and no fewer, each with the name it has on the bus."""
-    classes = [kind for kind in errors.BlksnapError.__subclasses__() if kind is not errors.RemoteError]
+    classes = [
+        kind
+        for kind in errors.BlksnapError.__subclasses__()
+        if kind.__module__ == errors.__name__ and kind is not errors.RemoteError
+    ]
     assert {kind.__name__ for kind in classes} == set(names())
     assert all(kind.dbus_name == f"{OURS}.{kind.__name__}" for kind in classes)
 
