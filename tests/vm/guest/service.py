@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from typing import Any
 from blksnap_service.bus.paths import DEVICE, IMAGE, MANAGER, MANAGER_PATH, SNAPSHOT, TRACKER
 from tests.bus.daemons import Client
 from tests.vm.guest import devices
+
+DISK_BYTES = 128 << 20
+"""Of the disk that the fixtures of conftest track."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +115,13 @@ def scatter(directory: Path, count: int, seed: int) -> None:
         if number % 7 == 0:
             (directory / f"file-{chance.randrange(2 * count)}").unlink(missing_ok=True)
     os.sync()
+
+
+async def listed(user: Client, disk: Path) -> None:
+    """Wait until the service knows a disk that has just appeared."""
+    async with asyncio.timeout(20):
+        while True:
+            objects = (await user.objects()).values()
+            if str(disk) in [one[DEVICE]["Path"] for one in objects if DEVICE in one]:
+                return
+            await asyncio.sleep(0.1)
